@@ -1,0 +1,18 @@
+"""BasePTQ: the baseline that PTQ4ViT's paper compares with."""
+
+from __future__ import annotations
+
+from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.algorithms.scale_search import Metric, ScaleSearch
+from ptq4vit_plugin.algorithms.settings import Twin
+from ptq4vit_plugin.quantizers.base import SearchRange
+
+
+class BasePTQ(ScaleSearch):
+    """Uniform quantizers everywhere, every scale by cosine distance, one round, 0.5 to 1.2 of the maximum."""
+
+    twin: Twin = Twin(softmax=False, gelu=False)
+    metric: Metric = "cosine"
+    search_range: SearchRange = SearchRange(alpha=0.5)
+    rounds: int = 1
+    gradient: Gradient = Gradient()

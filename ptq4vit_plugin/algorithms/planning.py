@@ -1,0 +1,128 @@
+"""From ops found on the graph and an algorithm's settings to a plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ptq4vit_plugin.errors import ConfigError, nearest
+from ptq4vit_plugin.plan import FoundOp, Granularity, LeftOut, Op, Operand, Plan, Source
+from ptq4vit_plugin.quantizers.twin_gelu import MINIMA
+
+if TYPE_CHECKING:
+    from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
+
+IMAGE_BITS = (
+    8  # pixels are 8-bit data: fewer bits would lose information that costs nothing to keep
+)
+
+
+def make_plan(found: Sequence[FoundOp], left_out: Sequence[LeftOut], settings: ScaleSearch) -> Plan:
+    """Choose quantizer, bits and granularity of every operand.
+
+    Raises
+    ------
+    ConfigError
+        An ignored scope or an override names no op.
+    """
+    names = [op.name for op in found] + [op.name for op in left_out]
+    for key, scopes in (
+        ("ignored_scopes", settings.ignored_scopes),
+        ("scope_overrides", settings.scope_overrides),
+    ):
+        for scope in scopes:
+            if not any(matches(scope, name) for name in names):
+                raise ConfigError(
+                    f"{key}: '{scope}' matches no op of the model; allowed: op names as `ptq4vit plan` prints "
+                    f"them, or '{{re}}' and a pattern" + nearest(scope, names)
+                )
+    ops, ignored = [], []
+    owners: dict[str, str] = {}
+    for op in found:
+        if any(matches(scope, op.name) for scope in settings.ignored_scopes):
+            ignored.append(
+                LeftOut(name=op.name, kind=op.kind, reason="listed in ignored_scopes", macs=op.macs)
+            )
+        else:
+            ops.append(_plan_op(op, settings.overridden(op.name), owners))
+    return Plan(ops=tuple(ops), left_out=(*ignored, *left_out))
+
+
+def matches(scope: str, name: str) -> bool:
+    """Whether an NNCF scope, a name or ``{re}`` and a pattern, means an op."""
+    if scope.startswith("{re}"):
+        return re.search(scope[4:], name) is not None
+    return scope == name
+
+
+def _plan_op(op: FoundOp, settings: ScaleSearch, owners: dict[str, str]) -> Op:
+    operands = (_operand(op, 0, settings), _operand(op, 1, settings))
+    parameter = operands[1].parameter
+    if parameter in owners:
+        shared = f"the parameter is quantized where {owners[parameter]} uses it"
+        operands = (
+            operands[0],
+            operands[1].model_copy(update={"quantizer": None, "bits": None, "reason": shared}),
+        )
+    elif parameter:
+        owners[parameter] = op.name
+    return Op(name=op.name, kind=op.kind, role=op.role, operands=operands, macs=op.macs)
+
+
+def _operand(op: FoundOp, port: int, settings: ScaleSearch) -> Operand:
+    source = op.sources[port]
+    if port == 1 and op.kind != "matmul":
+        return Operand(
+            port=1,
+            source="weight",
+            parameter=source.parameter,
+            quantizer=settings.weights.quantizer,
+            bits=settings.weights.bits,
+            granularity=_weight_granularity(op, settings.weights.granularity),
+        )
+    if source.kind == "image" and settings.activations.granularity == "paper":
+        return Operand(
+            port=port,
+            source="image",
+            reason="the paper leaves the patch embedding's input in float",
+        )
+    quantizer, options = _activation_quantizer(source, settings)
+    return Operand(
+        port=port,
+        source=source.kind,
+        quantizer=quantizer,
+        bits=IMAGE_BITS if source.kind == "image" else settings.activations.bits,
+        granularity="head"
+        if op.kind == "matmul" and settings.activations.granularity != "tensor"
+        else "tensor",
+        options=options,
+    )
+
+
+def _weight_granularity(op: FoundOp, wanted: str) -> Granularity:
+    if wanted != "paper":
+        return wanted
+    return {"qkv": "row_blocks", "linear": "tensor"}.get(
+        op.role, "channel" if op.kind == "conv2d" else "tensor"
+    )
+
+
+def _activation_quantizer(source: Source, settings: ScaleSearch) -> tuple[str, dict[str, Any]]:
+    if source.kind == "softmax":
+        return _twin(settings.twin.softmax, "twin_softmax"), {}
+    if source.kind in MINIMA:
+        quantizer = _twin(settings.twin.gelu, "twin_gelu")
+        if quantizer != "twin_gelu":
+            return quantizer, {}
+        minimum = MINIMA[source.kind] / source.minimum_scale
+        return quantizer, {"minimum": minimum, "scale_ratio": settings.scale_ratio}
+    if source.kind in ("relu", "relu6") and settings.activations.quantizer == "uniform":
+        return "uniform", {"signed": False}
+    return settings.activations.quantizer, {}
+
+
+def _twin(choice: bool | str, name: str) -> str:
+    if isinstance(choice, str):
+        return choice
+    return name if choice else "uniform"

@@ -1,0 +1,537 @@
+"""Search of the scales of one op (PTQ4ViT, section 3.3; algorithm 1).
+
+A *round* searches one operand with the other fixed, then the other way round. Every group (tensor,
+head, output channel, row block) takes its own best candidate; the groups of one operand do not
+interact, so candidate i is evaluated for all of them in one pass.
+
+`exhaustive` evaluates every candidate on all data. `fast` evaluates all candidates on a small
+sample, keeps the best few of every group for a larger one, and evaluates the last survivors on all
+data (`SCHEDULE`). What is exact and what is a heuristic:
+
+- exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices
+  is evaluated twice; rounds stop at a fixed point; survivors are compared on all data, and from
+  the second round on the current choice is always among them, so the objective never rises;
+- heuristic (`fast` only): a candidate that loses clearly on the sample is not evaluated further,
+  and later rounds look only near the previous choice (`NEIGHBOURS`).
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ptq4vit_plugin.algorithms.search.gemm import Gemm, Terms, difference
+from ptq4vit_plugin.algorithms.search.objective import (
+    View,
+    angle_loss,
+    error_loss,
+    error_weight,
+    is_angle,
+    view,
+)
+from ptq4vit_plugin.integrations.device import has_int8_dot
+
+#: Elements of the output per chunk: 1 MB, which stays in a core's share of the last-level cache.
+CHUNK = 1 << 18
+
+
+class _Grouping(Protocol):
+    shape: tuple[int, ...]
+    blocks: int
+
+    def sum(self, err: Tensor) -> Tensor: ...
+
+
+class _Quantizer(Protocol):
+    """What the engine needs of `ptq4vit_plugin.quantizers.base.OperandQuantizer`."""
+
+    n: int
+    grouping: _Grouping
+
+    def fake_quantize(self, x: Tensor, index: Tensor | int) -> Tensor: ...
+
+    def terms(self, x: Tensor, index: Tensor | int) -> list[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of successive halving."""
+
+    fraction: float  #: of the output rows that are evaluated
+    minimum: int  #: rows, for small ops
+    keep: int  #: candidates per group that go on to the next stage
+
+
+#: First round of `fast`; the survivors of the last stage are compared on all rows.
+SCHEDULE = (Stage(1 / 64, 64, 12), Stage(1 / 12, 256, 2))
+#: Later rounds: candidates this far to either side of the previous choice start ...
+NEIGHBOURS = 6
+#: ... at this stage.
+LATER_SCHEDULE = (Stage(1 / 12, 256, 1),)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Outcome for one op.
+
+    Attributes
+    ----------
+    a_index, b_index
+        Rows of the quantizers' tables, long tensors of group shape; None for a float operand.
+    before, after
+        Objective at the start scales and at the chosen ones, on all data. Lower is better.
+    evaluations
+        Evaluations made, in units of one candidate on all data (dropped rows cost nothing).
+    """
+
+    a_index: Tensor | None
+    b_index: Tensor | None
+    before: float
+    after: float
+    evaluations: float
+
+
+@dataclass
+class _Problem:
+    """An op, or a sample of it, ready to be evaluated.
+
+    `output` is the full-precision product without bias, contiguous. `weight` multiplies the error
+    before it is squared (error metrics) or the loss of a row (angle metrics).
+    """
+
+    metric: str
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    output: Tensor
+    weight: Tensor | None
+    images: int
+    quantizers: dict[str, _Quantizer | None]
+    integer: bool
+    cost: float  #: output elements, as a share of the whole op's
+    fixed: dict[str, tuple[bytes, Terms]] = field(default_factory=dict)
+
+    def quantize(self, operand: str, x: Tensor, index: Tensor | None) -> Terms:
+        quantizer = self.quantizers[operand]
+        if quantizer is None or index is None:
+            return [(x, None)]
+        if self.integer:
+            return quantizer.terms(x, index)
+        return [(quantizer.fake_quantize(x, index), None)]
+
+    def whole(self, operand: str, index: Tensor | None) -> Terms:
+        """The quantized operand, kept until another choice is asked for."""
+        key = b"" if index is None else _bytes(index)
+        kept = self.fixed.get(operand)
+        if kept is None or kept[0] != key:
+            self.fixed[operand] = (key, self.quantize(operand, getattr(self, operand), index))
+        return self.fixed[operand][1]
+
+    def chunks(self, view: View) -> list[tuple[slice, slice]]:
+        """Slices of the first and the third dimension whose outputs fit `CHUNK`."""
+        batch, heads, rows, columns = self.output.shape
+        if batch > 1:
+            step = max(1, CHUNK // (heads * rows * columns))
+            return [(slice(i, min(i + step, batch)), slice(None)) for i in range(0, batch, step)]
+        unit = rows // self.images if view.kind == "column" else 1
+        step = unit * max(1, CHUNK // (heads * columns * unit))
+        return [(slice(None), slice(i, min(i + step, rows))) for i in range(0, rows, step)]
+
+    def errors(self, a_index: Tensor | None, b_index: Tensor | None, searched: str, view: View):
+        """Yield ``(error, output, weight)`` of every chunk at the given choice."""
+        batched = self.output.shape[0] > 1
+        a_whole = None if searched == "a" else self.whole("a", a_index)
+        # A weight is quantized once per candidate; a batched operand chunk by chunk.
+        b_whole = None if searched == "b" and batched else self.whole("b", b_index)
+        for images, rows in self.chunks(view):
+            if a_whole is None:
+                a = self.quantize("a", self.a[images, :, rows], a_index)
+            else:
+                a = [(codes[images, :, rows], scale) for codes, scale in a_whole]
+            if b_whole is None:
+                b = self.quantize("b", self.b[images], b_index)
+            else:
+                b = [(codes[images] if batched else codes, scale) for codes, scale in b_whole]
+            output = self.output[images, :, rows]
+            if not output.is_contiguous():
+                output = output.contiguous()
+            weight = self.weight
+            if weight is not None:
+                weight = weight[images, :, rows]
+            yield difference(a, b, output), output, weight
+
+    def loss(
+        self, a_index: Tensor | None, b_index: Tensor | None, searched: str, view: View
+    ) -> Tensor:
+        """Loss per head or head and column at a choice, ``[1,H,1,1 or O]``, float64."""
+        total: Tensor | None = None
+        for error, output, weight in self.errors(a_index, b_index, searched, view):
+            if is_angle(self.metric):
+                if self.bias is not None:
+                    output = output + self.bias
+                whole = error.shape[0] > 1 or self.output.shape[0] > 1
+                images = 1 if whole else error.shape[2] * self.images // self.output.shape[2]
+                part = angle_loss(self.metric, error, output, view, images, weight)
+            else:
+                part = error_loss(self.metric, error, view, weight)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def row_loss(self, a_index: Tensor | None, b_index: Tensor | None) -> Tensor:
+        """Weighted squared error per row, ``[B,H,N]``: where the error is (error metrics)."""
+        parts = []
+        for error, _, weight in self.errors(a_index, b_index, "a", View("head")):
+            if weight is not None:
+                error.mul_(weight)
+            error = error.abs_() if self.metric == "l1" else error.square_()
+            parts.append(error.sum(3))
+        return torch.cat(parts, 0 if self.output.shape[0] > 1 else 2)
+
+    def sample(self, stage: Stage, importance: Tensor | None) -> "_Problem | None":
+        """A sample of the rows; None if it would be (almost) everything.
+
+        Error metrics: rows are drawn with probability proportional to `importance [B,H,N]` and
+        weighted by the inverse (Horvitz-Thompson), so that sampled losses estimate the whole's.
+        Batched ops draw images per head, then rows per image. Angle metrics: evenly spaced
+        positions of every image.
+        """
+        batch, _, rows, _ = self.output.shape
+        fraction = max(stage.fraction, stage.minimum / (batch * rows))
+        if fraction > 0.7:
+            return None
+        if importance is None:
+            return self._spaced(fraction)
+        weight = None
+        sampled = self
+        if batch > 1:
+            chosen, factor = _draw(importance.sum(2).T, max(2, round(batch * fraction**0.5)))
+            images, heads = chosen.T, torch.arange(chosen.shape[0], device=chosen.device)
+            sampled = replace(
+                self,
+                a=self.a[images, heads],
+                b=self.b[images, heads],
+                output=self.output[images, heads],
+                weight=None if self.weight is None else self.weight[images, heads],
+            )
+            importance = importance[images, heads]
+            weight = factor.T[:, :, None]
+            fraction /= images.shape[0] / batch
+        count = min(rows, max(1, round(rows * fraction)))
+        if batch == 1:  # the same rows for all heads (groups of a convolution)
+            chosen, factor = _draw(importance.sum(1), count)
+            pick = _picker(chosen[:, None].expand(1, importance.shape[1], count))
+            factor = factor[:, None]
+        else:
+            chosen, factor = _draw(importance.flatten(0, 1), count)
+            pick = _picker(chosen.view(*importance.shape[:2], count))
+            factor = factor.view(*importance.shape[:2], count)
+        weight = factor if weight is None else weight * factor
+        weight = (weight if self.metric == "l1" else weight.sqrt())[..., None].float()
+        if sampled.weight is not None:
+            weight = pick(sampled.weight) * weight
+        output = pick(sampled.output)
+        return replace(
+            sampled,
+            a=pick(sampled.a),
+            output=output,
+            weight=weight,
+            cost=self.cost * output.numel() / self.output.numel(),
+            fixed={},
+        )
+
+    def _spaced(self, fraction: float) -> "_Problem":
+        rows = self.output.shape[2]
+        images = 1 if self.output.shape[0] > 1 else self.images
+        positions = rows // images
+        count = max(2, round(positions * fraction))
+        step = positions / count
+        inside = ((torch.arange(count, device=self.a.device) + 0.5) * step).long()
+        index = (torch.arange(images, device=self.a.device)[:, None] * positions + inside).flatten()
+        return replace(
+            self,
+            a=self.a[:, :, index],
+            output=self.output[:, :, index],
+            cost=self.cost * len(index) / rows,
+            fixed={},
+        )
+
+
+def _bytes(index: Tensor) -> bytes:
+    return index.cpu().numpy().tobytes()
+
+
+def _picker(index: Tensor):
+    """A function that takes rows `index [B,H,R]` of a ``[B,H,N,X]`` tensor."""
+
+    def pick(x: Tensor) -> Tensor:
+        return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))
+
+    return pick
+
+
+def _draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Systematic sample with probability proportional to size, without randomness.
+
+    Parameters
+    ----------
+    importance
+        ``[G, n]``, not negative.
+    count
+        Items to draw per group.
+
+    Returns
+    -------
+    tuple
+        Indices ``[G, count]`` in ascending order and inverse inclusion probabilities.
+    """
+    groups, n = importance.shape
+    if count >= n:
+        index = torch.arange(n, device=importance.device).expand(groups, n)
+        return index, torch.ones_like(index, dtype=torch.float64)
+    size = importance.double()
+    total = size.sum(1, keepdim=True)
+    # A tenth of the draws is uniform: no item is impossible and no weight exceeds 10 n / count.
+    size = 0.9 * size / total.clamp_min(1e-300) + 0.1 / n
+    certain = torch.zeros_like(size, dtype=torch.bool)
+    for _ in range(count):  # items whose probability would exceed 1 are taken for certain
+        rest = count - certain.sum(1, keepdim=True)
+        free = size.masked_fill(certain, 0)
+        probability = (free * rest / free.sum(1, keepdim=True)).masked_fill(certain, 1)
+        over = probability > 1
+        if not over.any():
+            break
+        certain |= over
+    probability = probability.clamp_max(1)
+    ends = probability.cumsum(1)
+    points = (torch.arange(count, device=size.device, dtype=torch.float64) + 0.5).expand(
+        groups, count
+    )
+    index = torch.searchsorted(ends, points.contiguous()).clamp_max(n - 1)
+    return index, 1 / probability.gather(1, index)
+
+
+def _without_dead_rows(gemm: Gemm) -> Gemm:
+    """Drop images and rows whose gradient is zero everywhere: they contribute exactly nothing."""
+    assert gemm.fisher is not None
+    a, b, bias, fisher = gemm.a, gemm.b, gemm.bias, gemm.fisher
+    alive = fisher.amax(3) > 0
+    images, rows = alive.flatten(1).any(1), alive.flatten(0, 1).any(0)
+    if not rows.all():
+        a, fisher = a[:, :, rows], fisher[:, :, rows]
+    if not images.all():
+        a, fisher = a[images], fisher[images]
+        b = b if b.shape[0] == 1 else b[images]
+    return Gemm(a, b, bias, fisher)
+
+
+def _prepare(
+    gemm: Gemm,
+    quantizers: dict[str, _Quantizer | None],
+    metric: str,
+    images: int,
+) -> _Problem | None:
+    """The problem on all data; None if no output has a gradient."""
+    bias = gemm.bias
+    whole = gemm.a.shape[:3].numel() * gemm.b.shape[3]
+    if metric == "hessian" and gemm.fisher is not None:
+        gemm = _without_dead_rows(gemm)
+        if gemm.a.numel() == 0:
+            return None
+    a, b, fisher = gemm.a.float(), gemm.b.float(), gemm.fisher
+    if b.shape[0] == 1 and a.shape[0] > 1:  # one weight for all images: rows of one GEMM
+        images = a.shape[0] if images == 1 else images
+        a = a.transpose(0, 1).flatten(1, 2)[None]
+        if fisher is not None:
+            fisher = fisher.transpose(0, 1).flatten(1, 2)[None]
+    output = torch.matmul(a, b)
+    weight = None
+    if not is_angle(metric):
+        weight = error_weight(metric, output if bias is None else output + bias, fisher)
+    both = all(quantizer is not None for quantizer in quantizers.values())
+    integer = both and a.shape[0] == 1 and has_int8_dot(a.device)
+    cost = output.numel() / whole
+    return _Problem(metric, a, b, bias, output, weight, images, quantizers, integer, cost)
+
+
+class _Search:
+    """State of one op's search: the current choice, the losses known so far, the cost."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem = problem
+        self.evaluations = 0.0
+        self.index: dict[str, Tensor | None] = {"a": None, "b": None}
+        self._views: dict[str, View] = {}
+        self._losses: dict[tuple, Tensor] = {}
+        self._samples: dict[Stage, _Problem | None] = {}
+        self._importance: Tensor | None = None
+        quantizers = {k: q for k, q in problem.quantizers.items() if q is not None}
+        columns = problem.output.shape[3]
+        per_column = any(1 < q.grouping.shape[3] == columns for q in quantizers.values())
+        for operand, quantizer in quantizers.items():
+            shape, blocks = quantizer.grouping.shape, quantizer.grouping.blocks
+            self._views[operand] = view(problem.metric, shape, blocks, columns, per_column)
+            self.index[operand] = torch.full(shape, quantizer.n, device=problem.a.device)
+
+    def start(self) -> float:
+        """Evaluate the start scales: the objective, and where in the rows the error is."""
+        if is_angle(self.problem.metric):
+            return self.objective()
+        self._importance = self.problem.row_loss(self.index["a"], self.index["b"]).double()
+        self.evaluations += self.problem.cost
+        return float(self._importance.sum())
+
+    def objective(self) -> float:
+        """The op's loss at the current choice, on all data."""
+        operand = "a" if self.index["b"] is None else "b"
+        index = self.index[operand]
+        return 0.0 if index is None else float(self._loss(self.problem, operand, index).sum())
+
+    def exhaustive(self, operand: str) -> Tensor:
+        """The best candidate of every group, all evaluated on all data."""
+        return self._decide(operand, self._candidates(operand))
+
+    def fast(self, operand: str, later: bool) -> Tensor:
+        """The same by successive halving (see `SCHEDULE`, `LATER_SCHEDULE`)."""
+        current = self.index[operand]
+        assert current is not None
+        candidates = self._candidates(operand, NEIGHBOURS if later else None)
+        for stage in LATER_SCHEDULE if later else SCHEDULE:
+            sample = self._sample(stage)
+            if sample is not None and len(candidates) > stage.keep:
+                _, groups = self._evaluate(sample, operand, candidates)
+                best = groups.argsort(dim=0, stable=True)[: stage.keep]
+                # Without a gradient on the sample a group keeps its choice for now.
+                flat = groups.amax(0) <= groups.amin(0)
+                candidates = torch.where(flat, current, candidates.gather(0, best))
+        if later:
+            candidates = torch.cat([candidates, current[None]])
+        return self._decide(operand, candidates.sort(0).values)
+
+    def _candidates(self, operand: str, reach: int | None = None) -> Tensor:
+        """Table rows to try, ``[s, *group shape]``: all, or those within `reach` of the choice."""
+        quantizer, current = self.problem.quantizers[operand], self.index[operand]
+        assert quantizer is not None and current is not None
+        count = quantizer.n if reach is None else min(2 * reach + 1, quantizer.n)
+        rows = torch.arange(count, device=current.device).view(-1, *[1] * current.dim())
+        if reach is None:
+            return rows.expand(-1, *current.shape)
+        return (current - reach).clamp(0, quantizer.n - count) + rows
+
+    def _decide(self, operand: str, candidates: Tensor) -> Tensor:
+        """First best candidate on all data; groups for which all are equal keep their choice."""
+        current = self.index[operand]
+        assert current is not None
+        problem = self.problem
+        losses, groups = self._evaluate(problem, operand, candidates)
+        best = groups.argmin(0, keepdim=True)
+        choice = candidates.gather(0, best)[0]
+        if len(candidates) > 1:
+            choice = torch.where(groups.amax(0) <= groups.amin(0), current, choice)
+        # Groups do not interact: the loss of the mixed choice is known without evaluating it.
+        mixed = losses.gather(0, best.expand(1, *losses.shape[1:]))[0]
+        self._losses.setdefault(self._key(problem, operand, choice), mixed)
+        return choice
+
+    def _evaluate(
+        self, problem: _Problem, operand: str, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of candidates, per head and column and summed per group, stacked."""
+        losses = torch.stack([self._loss(problem, operand, c) for c in candidates])
+        quantizer = problem.quantizers[operand]
+        assert quantizer is not None
+        return losses, torch.stack([quantizer.grouping.sum(x) for x in losses])
+
+    def _loss(self, problem: _Problem, operand: str, index: Tensor) -> Tensor:
+        """Loss at `index` of `operand` and the current choice of the other; remembered."""
+        key = self._key(problem, operand, index)
+        if key not in self._losses:
+            choice = {**self.index, operand: index}
+            self._losses[key] = problem.loss(
+                choice["a"], choice["b"], operand, self._views[operand]
+            )
+            self.evaluations += problem.cost
+        return self._losses[key]
+
+    def _key(self, problem: _Problem, operand: str, index: Tensor) -> tuple:
+        choice = {**self.index, operand: index}
+        return (
+            id(problem),
+            self._views[operand],
+            *(None if choice[k] is None else _bytes(choice[k]) for k in ("a", "b")),
+        )
+
+    def _sample(self, stage: Stage) -> _Problem | None:
+        if stage not in self._samples:
+            self._samples[stage] = self.problem.sample(stage, self._importance)
+        return self._samples[stage]
+
+
+def search(
+    gemm: Gemm,
+    a: _Quantizer | None,
+    b: _Quantizer | None,
+    *,
+    metric: str = "hessian",
+    rounds: int = 3,
+    order: tuple[str, str] = ("b", "a"),
+    strategy: str = "exhaustive",
+    images: int = 1,
+) -> SearchResult:
+    """Choose the table rows of an op's quantizers that minimise the metric.
+
+    Parameters
+    ----------
+    gemm
+        The op on the calibration set.
+    a, b
+        Quantizers of the operands, after `observe`; None leaves the operand in floating point.
+    metric
+        One of `objective.METRICS`.
+    rounds
+        Rounds of alternation; fewer are made when a round changes nothing.
+    order
+        Which operand a round searches first: ``("b", "a")`` for linear layers and convolutions,
+        ``("a", "b")`` for matmuls.
+    strategy
+        ``"exhaustive"`` or ``"fast"`` (see the module's text).
+    images
+        Images that the N rows hold, if all images share one batch entry (angle metrics with
+        scales per output channel compare image by image).
+
+    Raises
+    ------
+    ValueError
+        Unknown metric or strategy, a metric without its gradient, or N not a multiple of `images`.
+    """
+    if strategy not in ("exhaustive", "fast"):
+        raise ValueError(f"strategy is {strategy!r}; allowed: exhaustive, fast")
+    if gemm.a.shape[2] % images:
+        raise ValueError(f"{gemm.a.shape[2]} rows do not divide into {images} images")
+    quantizers = {"a": a, "b": b}
+    problem = _prepare(gemm, quantizers, metric, images)
+    if problem is None:
+        starts = [
+            None if q is None else torch.full(q.grouping.shape, q.n, device=gemm.a.device)
+            for q in (a, b)
+        ]
+        return SearchResult(starts[0], starts[1], 0.0, 0.0, 0.0)
+    state = _Search(problem)
+    before = state.start()
+    searched_with: dict[str, bytes] = {}  # the other operand's choice at the last search
+    for turn in range(rounds):
+        for operand, other in zip(order, reversed(order), strict=True):
+            fixed = state.index[other]
+            with_ = b"" if fixed is None else _bytes(fixed)
+            if quantizers[operand] is None or searched_with.get(operand) == with_:
+                continue
+            searched_with[operand] = with_
+            if strategy == "exhaustive":
+                state.index[operand] = state.exhaustive(operand)
+            else:
+                state.index[operand] = state.fast(operand, later=turn > 0)
+    after = state.objective()
+    return SearchResult(
+        state.index["a"], state.index["b"], before, after, round(state.evaluations, 3)
+    )

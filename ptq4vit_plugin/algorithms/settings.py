@@ -1,0 +1,69 @@
+"""Sections that every scale-searching algorithm's config has."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from ptq4vit_plugin import registry
+
+
+def _registered(name: str) -> str:
+    return registry.find("quantizers", name).name
+
+
+Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
+QuantizerName = Annotated[str, AfterValidator(_registered)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Weights(_Section):
+    """How weights are quantized.
+
+    Attributes
+    ----------
+    granularity
+        ``channel``: a scale per output channel. ``tensor``: one scale. ``paper``: one scale for a linear, three
+        for the rows of query, key and value, one per output channel for the patch embedding.
+    """
+
+    bits: Bits = 8
+    granularity: Literal["channel", "tensor", "paper"] = "channel"
+    quantizer: QuantizerName = "uniform"
+
+
+class Activations(_Section):
+    """How activations are quantized.
+
+    Attributes
+    ----------
+    granularity
+        ``head``: the operands of attention's products have a scale per head, all others one per tensor.
+        ``tensor``: one scale everywhere. ``paper``: as ``head``, and the patch embedding's input stays in float.
+    """
+
+    bits: Bits = 8
+    granularity: Literal["head", "tensor", "paper"] = "head"
+    quantizer: QuantizerName = "uniform"
+
+
+class Twin(_Section):
+    """Which quantizer outputs of softmax and of GELU-like functions get.
+
+    True means the twin uniform quantizer, False the uniform one, a string any registered quantizer.
+    """
+
+    softmax: bool | QuantizerName = True
+    gelu: bool | QuantizerName = True
+
+
+class Override(_Section):
+    """Sections that replace the algorithm's own for some ops; keys that are not given keep their value."""
+
+    weights: Weights | None = None
+    activations: Activations | None = None
+    twin: Twin | None = None

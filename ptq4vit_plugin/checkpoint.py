@@ -1,0 +1,187 @@
+"""A quantized model in one ``.safetensors`` file: tensors, and in its metadata everything to rebuild it.
+
+Nothing is unpickled. Classes of hooks are imported only from NNCF, from this plugin and from distributions
+that registered a quantizer through an entry point, which the user installed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nncf
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ptq4vit_plugin import registry
+from ptq4vit_plugin.errors import CheckpointError
+from ptq4vit_plugin.files import written_whole
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.timm.attention import (
+    fuse_attention,
+    fused_attention,
+    unfuse_attention,
+)
+from ptq4vit_plugin.integrations.timm.models import Recipe, create, recipe_of
+from ptq4vit_plugin.record import QuantizationRecord, attach, record_of
+
+FORMAT_VERSION = 1
+_KEY = "ptq4vit"
+
+
+class Metadata(BaseModel):
+    """What a checkpoint says beside its tensors.
+
+    Attributes
+    ----------
+    recipe
+        How timm builds the architecture; None for a model that is not timm's.
+    fused_attention
+        Value of every ``fused_attn`` switch by module name: op names depend on them.
+    nncf
+        ``nncf.torch.get_config`` of the model: which hook sits where.
+    record
+        What the calibration did.
+    extra
+        The resolved config of the run, if there was one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    recipe: Recipe | None = None
+    fused_attention: dict[str, bool] = {}
+    nncf: dict[str, Any]
+    record: QuantizationRecord | None = None
+    extra: dict[str, Any] = {}
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    recipe: Recipe | dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write a quantized model to a ``.safetensors`` file.
+
+    Parameters
+    ----------
+    recipe
+        ``{"name": timm name, "args": {...}}``; known already for models that a config built. Without one,
+        `load` has to be given a model of the same architecture.
+    extra
+        JSON values to keep with it.
+
+    Raises
+    ------
+    CheckpointError
+        The model is not quantized.
+    PTQ4ViTError
+        The file cannot be written. A file that was there before is untouched then.
+    """
+    if next(hooks.hooks(model), None) is None:
+        raise CheckpointError(f"{type(model).__name__} has no quantizers; call quantize first")
+    metadata = Metadata(
+        recipe=recipe_of(model) if recipe is None else Recipe.model_validate(recipe),
+        fused_attention=fused_attention(model),
+        nncf=nncf.torch.get_config(model),
+        record=record_of(model),
+        extra=extra or {},
+    )
+    # Clones: parameters that share memory are allowed in a model and not in the file.
+    state = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
+    }
+    with written_whole(Path(path)) as part:
+        save_file(state, part, {_KEY: metadata.model_dump_json()})
+    return Path(path)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read a quantized model; its logits are bit for bit those of the model that was saved.
+
+    Parameters
+    ----------
+    model
+        A float model of the same architecture, used instead of building the checkpoint's recipe. It is
+        changed in place.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, damaged, foreign, too new, of another model, or names a class from a module
+        that is not allowed.
+    """
+    path = Path(path)
+    metadata = read_metadata(path)
+    if model is None:
+        if metadata.recipe is None:
+            raise CheckpointError(
+                f"'{path}' does not say how its model is built; give load(path, model=...)"
+            )
+        model = create(metadata.recipe)
+    unfuse_attention(model)
+    try:
+        fuse_attention(model, (name for name, fused in metadata.fused_attention.items() if fused))
+    except AttributeError as error:
+        raise CheckpointError(f"'{path}' is of another model: {error}") from error
+    try:
+        model = nncf.torch.load_from_config(
+            model, metadata.nncf, allowed_modules=_allowed_modules()
+        )
+    except nncf.InternalError as error:
+        raise CheckpointError(f"'{path}': {error}") from error
+    except (
+        Exception
+    ) as error:  # a config that was edited can fail anywhere in the classes that it names
+        raise CheckpointError(
+            f"'{path}': its quantizers cannot be rebuilt: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        model.load_state_dict(state)
+    except (RuntimeError, SafetensorError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"'{path}' is of another model: {detail}") from error
+    if metadata.record is not None:
+        attach(model, metadata.record)
+    return model.eval()
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a checkpoint says about itself; no tensor is read.
+
+    Raises
+    ------
+    CheckpointError
+        As `load`.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' cannot be read as a .safetensors file: {error}") from error
+    if text is None:
+        raise CheckpointError(f"'{path}' was not written by ptq4vit: its metadata has no '{_KEY}'")
+    try:
+        content = json.loads(text)
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"'{path}' has format version {version}; this release reads version {FORMAT_VERSION}: "
+                "install a newer ptq4vit-plugin"
+            )
+        return Metadata.model_validate(content)
+    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"'{path}' has damaged metadata: {detail}") from error
+
+
+def _allowed_modules() -> tuple[str, ...]:
+    packages = {entry.value.split(":")[0].split(".")[0] for entry in registry.entries("quantizers")}
+    return ("nncf.*", *(pattern for name in sorted(packages) for pattern in (name, f"{name}.*")))

@@ -1,0 +1,200 @@
+"""The command `ptq4vit`.
+
+Everything heavy (torch, NNCF, timm) is imported inside the commands, so that `--help` is instant.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import registry
+from .errors import PTQ4ViTError, RegistryError
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns what a user can cause into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        # NNCF imports torch's extension builder, which warns wherever there is a compiler for a GPU
+        # but no GPU: nothing to do with what the user asked.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        try:
+            return super().invoke(ctx)
+        except PTQ4ViTError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    name="ptq4vit",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Quantize timm vision transformers to 2-8 bits without retraining.
+
+A config says which model, which images and which algorithm:
+
+```yaml
+model: {name: vit_small_patch16_224, pretrained: true}
+data: {source: folder, root: imagenet}
+compression: {algorithm: ptq4vit, weights: {bits: 6}, activations: {bits: 6}}
+output: runs/vit-small-w6a6
+```
+
+Then:
+
+- `ptq4vit plan config.yaml` shows what would be quantized, and how
+
+- `ptq4vit quantize config.yaml` calibrates, evaluates and saves
+
+- `ptq4vit list` shows every algorithm, quantizer and data source
+""",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML or JSON config.")]
+CheckpointPath = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file that `quantize` wrote.")
+]
+
+
+@app.command()
+def quantize(
+    config: ConfigPath,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for results, instead of the config's."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Calibrate, evaluate and save a quantized model.
+
+    Writes the checkpoint, the measurements and the resolved config into the output folder.
+
+    Example: `ptq4vit quantize config.yaml --output runs/w6a6`
+    """
+    from . import commands
+    from .config import read
+
+    commands.quantize(read(config), output, quiet)
+
+
+@app.command()
+def evaluate(
+    checkpoint: CheckpointPath,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="Take data and evaluation from this config instead."),
+    ] = None,
+) -> None:
+    """Measure a saved model: top-1, top-5, loss, and agreement with the float model.
+
+    Without `--config`, evaluates on the data that the checkpoint was made with.
+
+    Example: `ptq4vit evaluate runs/w6a6/model.safetensors`
+    """
+    from . import commands
+    from .config import read
+
+    commands.evaluate(checkpoint, read(config) if config else None)
+
+
+@app.command()
+def describe(checkpoint: CheckpointPath) -> None:
+    """Show every op of a saved model: quantizers, bits, scales, objective before and after.
+
+    Example: `ptq4vit describe runs/w6a6/model.safetensors`
+    """
+    from . import commands
+
+    commands.describe(checkpoint)
+
+
+@app.command()
+def plan(config: ConfigPath) -> None:
+    """Show what a config would quantize, how, and what it leaves out and why, without calibrating.
+
+    Example: `ptq4vit plan config.yaml`
+    """
+    from . import commands
+    from .config import read
+
+    commands.plan(read(config))
+
+
+@app.command("list")
+def list_registered() -> None:
+    """Show every registered algorithm, quantizer, exporter and data source, and who provides it.
+
+    Any installed distribution can add its own through an entry point in the group
+    `ptq4vit_plugin.algorithms`, `.quantizers`, `.exporters` or `.datasets`.
+
+    Example: `ptq4vit list`
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("name", "distribution", "options", box=box.SIMPLE_HEAD)
+    for group in registry.GROUPS:
+        entries = registry.entries(group)
+        table.add_section()
+        table.add_row(f"[bold]{group}[/bold]", "", "" if entries else "none registered")
+        for entry in entries:
+            owner = f"{entry.distribution} {entry.version}"
+            table.add_row(*map(escape, (f"  {entry.name}", owner, _options(group, entry.name))))
+    # In a pipe there is no window to fit: one line for each thing, so that grep finds whole rows.
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+
+
+@app.command()
+def config(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML or JSON config to check.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of configs, for editors.")
+    ] = False,
+) -> None:
+    """Check a config and print it with every default filled in, or print the JSON schema.
+
+    Examples: `ptq4vit config config.yaml`, `ptq4vit config --schema > ptq4vit.schema.json`
+    """
+    if schema == (file is not None):
+        raise typer.BadParameter("give either a config or --schema")
+
+    from . import config as configs
+
+    if schema:
+        found = configs.schema(report=lambda message: typer.echo(f"left out: {message}", err=True))
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        import yaml
+
+        typer.echo(yaml.safe_dump(configs.read(file).dump(), sort_keys=False), nl=False)
+
+
+def _options(group: str, name: str) -> str:
+    try:
+        options = registry.options(group, registry.load(group, name))
+    except (RegistryError, TypeError, ValueError) as error:  # the latter: it has no signature
+        cause = error.__cause__ or error
+        return f"broken: {type(cause).__name__}: {cause}"
+    return ", ".join(
+        f"{option}={default}" if isinstance(default, (str, int, float)) else option
+        for option, default in options.items()
+    )
+
+
+def main() -> None:
+    """Entry point of the command `ptq4vit`."""
+    app(prog_name="ptq4vit")

@@ -1,0 +1,1 @@
+"""Other people's software, one module or folder each."""

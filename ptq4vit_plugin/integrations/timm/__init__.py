@@ -1,0 +1,1 @@
+"""timm: models from recipes, attention made visible."""

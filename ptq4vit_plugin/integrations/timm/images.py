@@ -1,0 +1,171 @@
+"""What timm knows about images: a model's own transform, image folders, ImageNet's class index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import (
+    ImageNetInfo,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_model_data_config,
+)
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import nn
+
+from ...errors import DataError, nearest
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# timm's own synonyms for the folders of a data set
+SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without line breaks, as errors of the command line are one line."""
+    return " ".join(str(error).split())
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """Channels the model expects, from its ``in_chans`` or its timm config; None when unknown."""
+    declared = getattr(model, "in_chans", None)
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    return declared or (size[0] if size else None)
+
+
+def fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width the model insists on, in pixels; None when it takes any size.
+
+    timm's ``pretrained_cfg`` keeps the pretrained size when a model is created with another
+    ``img_size``, so the patch embedding is asked.
+    """
+    embedding = getattr(model, "patch_embed", None)
+    size = getattr(embedding, "img_size", None)
+    if size is None or not getattr(embedding, "strict_img_size", True):
+        return None
+    return tuple(size)
+
+
+class ImageTransform:
+    """A model's own evaluation transform, from a PIL image to its input.
+
+    Attributes
+    ----------
+    channels
+        Channels of the result: 1 (grey), 3 (RGB) or 4 (RGBA); images are converted.
+    size
+        Height and width of the result in pixels.
+    pipeline
+        timm's transform: resize, centre crop, to ``[0, 1]``, normalise.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int],
+        pipeline: Callable[[Image.Image], torch.Tensor],
+    ):
+        self.channels = channels
+        self.size = size
+        self.pipeline = pipeline
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the model's input, float32 ``[channels, *size]``."""
+        if self.channels not in MODES:
+            raise DataError(
+                f"the model takes {self.channels} channels and images have 1, 3 or 4: give "
+                "float32 arrays (npz) that are ready for the model"
+            )
+        return self.pipeline(image.convert(MODES[self.channels]))
+
+
+def image_transform(model: nn.Module) -> ImageTransform:
+    """Return the transform the model was trained to be evaluated with.
+
+    Size, crop, interpolation, mean and standard deviation come from the model's ``pretrained_cfg``
+    (`timm.data.resolve_model_data_config`); the size and channels of the model itself win, because
+    a model created with other ``img_size`` or ``in_chans`` keeps the pretrained ones in its config.
+    Three colour means become their average when the model has another number of channels.
+    """
+    config = resolve_model_data_config(model)
+    channels = input_channels(model) or config["input_size"][0]
+    size = fixed_size(model) or tuple(config["input_size"][1:])
+    for key in ("mean", "std"):
+        values = tuple(config[key])
+        if len(values) != channels:
+            config[key] = (sum(values) / len(values),) * channels
+    config["input_size"] = (channels, *size)
+    return ImageTransform(channels, size, create_transform(**config, is_training=False))
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split: ``root/split`` or timm's synonym of it; ``.`` is `root` itself.
+
+    Unlike timm this never falls back to `root`, which would mix the splits.
+
+    Raises
+    ------
+    DataError
+        There is no such folder; the message lists those there are.
+    """
+    names = next((group for group in SPLITS if split in group), ())
+    for name in (split, *names):
+        if (root / name).is_dir():
+            return root / name
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    raise DataError(
+        f"data split '{split}': no folder of that name in {root}; allowed: "
+        f"{', '.join(folders[:10])}{' ...' if len(folders) > 10 else ''}"
+        f"{', ' if folders else ''}or '.' for the folder itself" + nearest(split, folders)
+    )
+
+
+class ImageFiles:
+    """The image files under a folder and the class folder each one is in, sorted by name.
+
+    Files are found by timm's reader. They are decoded here and not by timm's ``ImageDataset``,
+    which replaces an unreadable image by the next one.
+
+    Attributes
+    ----------
+    names
+        File names relative to `root`, with forward slashes, sorted.
+    folders
+        The class folder of each file; empty for a file directly in `root`.
+    classes
+        The class folders in timm's order (numbers within names count as numbers).
+    """
+
+    def __init__(self, root: Path):
+        try:
+            reader = ReaderImageFolder(str(root))
+        except RuntimeError as error:  # timm's "Found 0 images"
+            raise DataError(one_line(error)) from error
+        self.classes = list(reader.class_to_idx)
+        files = sorted(
+            (Path(path).relative_to(root).as_posix(), self.classes[index])
+            for path, index in reader.samples
+        )
+        self.root = root
+        self.names = [name for name, _ in files]
+        self.folders = [folder for _, folder in files]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """Decode one file; raises whatever Pillow raises when it cannot."""
+        with Image.open(self.root / self.names[index]) as image:
+            image.load()
+            return image
+
+
+def imagenet_wnids(num_classes: int) -> Sequence[str] | None:
+    """WordNet ids of an ImageNet classifier in class order, or None when it is not one.
+
+    1,000 classes are ImageNet-1k; timm knows the larger sets by their number of classes, too.
+    """
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return None if subset is None else ImageNetInfo(subset).label_names()

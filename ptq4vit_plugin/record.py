@@ -1,0 +1,85 @@
+"""What a calibration did: attached to the model, saved with it, printed by `describe`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.plan import Granularity, OpKind, Plan
+
+_ATTRIBUTE = "ptq4vit_record"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OperandRecord(_Frozen):
+    """An operand's quantizer and the range of its searched parameter over groups.
+
+    ``searched_min`` and ``searched_max`` are scales, or exponents m for a softmax twin.
+    """
+
+    port: int
+    source: str
+    parameter: str | None = None
+    quantizer: str | None = None
+    bits: int | None = None
+    granularity: Granularity = "tensor"
+    reason: str | None = None
+    searched_min: float | None = None
+    searched_max: float | None = None
+    groups: int = 0
+
+
+class OpRecord(_Frozen):
+    """One op: its quantizers, the objective at the start scales and at the chosen ones, the cost."""
+
+    name: str
+    kind: OpKind
+    role: str
+    operands: tuple[OperandRecord, ...]
+    objective_before: float
+    objective_after: float
+    evaluations: float
+    seconds: float
+
+
+class QuantizationRecord(_Frozen):
+    """One run of an algorithm on a model."""
+
+    algorithm: str
+    settings: dict[str, Any]
+    plan: Plan
+    ops: tuple[OpRecord, ...]
+    images: int
+    seconds: float
+
+
+def attach(model: nn.Module, record: QuantizationRecord) -> None:
+    """Remember a run on the model it was made on."""
+    setattr(model, _ATTRIBUTE, record)
+
+
+def record_of(model: nn.Module) -> QuantizationRecord | None:
+    """The last run on a model, or None."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def describe(model: nn.Module) -> list[OpRecord]:
+    """One record per quantized op of a model that this plugin quantized: quantizers, objectives, cost.
+
+    Raises
+    ------
+    ModelError
+        The model was not quantized by this plugin.
+    """
+    record = record_of(model)
+    if record is None:
+        raise ModelError(
+            f"{type(model).__name__} carries no record of a calibration; call quantize first"
+        )
+    return list(record.ops)

@@ -1,0 +1,94 @@
+"""Plans, records and measurements as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from ptq4vit_plugin.evaluation import Metrics
+from ptq4vit_plugin.plan import Operand, Plan
+from ptq4vit_plugin.record import OperandRecord, OpRecord
+
+
+def plan_table(plan: Plan) -> Table:
+    """Every op: its two operands' quantizers, or why it is left out."""
+    table = Table(
+        "op",
+        "role",
+        "left operand",
+        "right operand",
+        "MACs",
+        box=box.SIMPLE_HEAD,
+        caption=f"{len(plan.ops)} ops quantized, {len(plan.left_out)} left out, "
+        f"{plan.macs_quantized:.1%} of multiply-accumulates quantized on both sides",
+    )
+    for op in plan.ops:
+        table.add_row(op.name, op.role, *map(_operand, op.operands), f"{op.macs:,}")
+    for op in plan.left_out:
+        table.add_row(
+            op.name, op.kind, f"left out: {op.reason}", "", f"{op.macs:,}" if op.macs else ""
+        )
+    return table
+
+
+def record_table(records: list[OpRecord]) -> Table:
+    """Every op: quantizers with their searched parameter, objective before and after, evaluations, seconds."""
+    table = Table(
+        "op",
+        "left operand",
+        "right operand",
+        "objective",
+        "lowered by",
+        "evaluations",
+        "seconds",
+        box=box.SIMPLE_HEAD,
+    )
+    for record in records:
+        lowered = (
+            1 - record.objective_after / record.objective_before if record.objective_before else 0.0
+        )
+        table.add_row(
+            record.name,
+            *map(_operand_with_scale, record.operands),
+            f"{record.objective_after:.4g}",
+            f"{lowered:.0%}",
+            f"{record.evaluations:.0f}",
+            f"{record.seconds:.2f}",
+        )
+    return table
+
+
+def metrics_table(metrics: Metrics) -> Table:
+    """Measurements of one model, a row each."""
+    low, high = metrics.top1_interval
+    rows = [
+        ("top-1", f"{metrics.top1:.2f} %  (95 % interval {low:.2f} ... {high:.2f})"),
+        ("top-5", None if metrics.top5 is None else f"{metrics.top5:.2f} %"),
+        ("loss", f"{metrics.loss:.4f}"),
+        (
+            "agreement with float",
+            None if metrics.agreement is None else f"{metrics.agreement:.2f} %",
+        ),
+        ("logit SQNR", None if metrics.sqnr_db is None else f"{metrics.sqnr_db:.2f} dB"),
+        ("images", str(metrics.images)),
+        ("images/s", f"{metrics.images_per_second:.1f}"),
+    ]
+    table = Table("measure", "value", box=box.SIMPLE_HEAD)
+    for name, value in rows:
+        if value is not None:
+            table.add_row(name, value)
+    return table
+
+
+def _operand(operand: Operand | OperandRecord) -> str:
+    if operand.quantizer is None:
+        return f"{operand.source}: float ({operand.reason})"
+    return f"{operand.source}: {operand.quantizer} {operand.bits} bit per {operand.granularity}"
+
+
+def _operand_with_scale(operand: OperandRecord) -> str:
+    if operand.quantizer is None:
+        return _operand(operand)
+    low, high = operand.searched_min, operand.searched_max
+    scale = f"{low:.3g}" if low == high else f"{low:.3g} ... {high:.3g}"
+    return f"{operand.quantizer} {operand.bits} bit, {scale}"

@@ -1,0 +1,42 @@
+"""Fixtures that several test files use."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Install a real distribution, with modules and metadata, for the length of one test.
+
+    `distribution(name, entry_points={group: {name: value}}, modules={module: source})` returns its
+    folder, which is on `sys.path`.
+    """
+    installed = []
+
+    def install(
+        name: str,
+        entry_points: Mapping[str, Mapping[str, str]],
+        modules: Mapping[str, str],
+        version: str = "1.0",
+    ) -> Path:
+        folder = tmp_path / "site" / name
+        info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        lines = []
+        for group, points in entry_points.items():
+            lines += [f"[ptq4vit_plugin.{group}]", *(f"{n} = {v}" for n, v in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        for module, source in modules.items():
+            (folder / f"{module}.py").write_text(dedent(source))
+        installed.extend(modules)
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
+    yield install
+    for module in installed:
+        sys.modules.pop(module, None)

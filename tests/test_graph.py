@@ -1,0 +1,141 @@
+"""Ops are found by pattern: every product of the model, each with its sources."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+
+SMALL = {
+    "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, depth=2)),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", dict(img_size=32, patch_size=8, depth=2)),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        dict(img_size=56, depths=(1, 2), num_heads=(2, 4), embed_dim=16),
+    ),
+}
+
+
+class Chain(nn.Module):
+    """Layers in a row. Not nn.Sequential, which would call the module that NNCF adds to it."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        for index, layer in enumerate(layers):
+            self.add_module(str(index), layer)
+        self.layers = layers
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class _CountCalls(TorchFunctionMode):
+    """An independent count: what the model calls, whatever a graph says."""
+
+    PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, *names):
+        return sum(name in names for name in self.calls)
+
+
+def _model(family):
+    name, args = SMALL[family]
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10, **args).eval()
+
+
+def _example(family):
+    size = SMALL[family][1]["img_size"]
+    return torch.randn(2, 3, size, size)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_everything_the_model_calls_is_found(family):
+    model, images = _model(family), _example(family)
+    unfuse_attention(model)
+    with _CountCalls() as counted, torch.no_grad():
+        model(images)
+    found, left_out = find_ops(hooks.trace(model, images), len(images))
+    assert left_out == []
+    kinds = [op.kind for op in found]
+    assert kinds.count("linear") == counted.count("linear")
+    assert kinds.count("conv2d") == counted.count("conv2d")
+    assert kinds.count("matmul") == counted.count(*_CountCalls.PRODUCTS)
+    sources = [source.kind for op in found for source in op.sources.values()]
+    assert sources.count("softmax") == counted.count("softmax")
+    assert sources.count("gelu") == counted.count("gelu")
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_roles(family):
+    model, images = _model(family), _example(family)
+    unfuse_attention(model)
+    found, _ = find_ops(hooks.trace(model, images), len(images))
+    roles = [op.role for op in found]
+    blocks = sum(name.endswith("attn") for name, _ in model.named_modules())
+    assert roles[0] == "patch_embedding"
+    assert roles.count("qkv") == roles.count("qk") == roles.count("attention_v") == blocks
+    for op in found:
+        assert (op.role == "attention_v") == (op.sources[0].kind == "softmax")
+
+
+def test_macs_are_for_one_image():
+    model = Chain(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2), nn.Linear(4, 5))
+    found, _ = find_ops(hooks.trace(model, torch.zeros(7, 3, 8, 8)), 7)
+    assert [op.macs for op in found] == [8 * 4 * 3 * 16, 8 * 4 * 5]
+
+
+def test_activations_written_out_are_recognised():
+    class Quick(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            x = self.second(x * torch.sigmoid(1.702 * x))
+            return self.third(torch.nn.functional.gelu(x, approximate="tanh"))
+
+    found, _ = find_ops(hooks.trace(Quick(), torch.randn(2, 4)), 2)
+    assert [op.sources[0].kind for op in found] == ["image", "silu", "gelu_tanh"]
+    assert found[1].sources[0].minimum_scale == 1.702
+
+
+def test_computed_weight_is_left_out_with_its_reason():
+    class Normalised(nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+    found, left_out = find_ops(hooks.trace(Chain(Normalised(4, 3)), torch.randn(2, 4)), 2)
+    assert found == []
+    assert [(op.kind, op.macs) for op in left_out] == [("linear", 12)]
+    assert "computed" in left_out[0].reason
+
+
+def test_fused_attention_without_a_switch_is_left_out_with_its_reason():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.proj(x)
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    found, left_out = find_ops(hooks.trace(Fused(), torch.randn(2, 1, 5, 4)), 2)
+    assert [op.kind for op in found] == ["linear"]
+    assert [op.kind for op in left_out] == ["scaled_dot_product_attention"]

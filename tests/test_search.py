@@ -1,0 +1,386 @@
+"""The scale search against a slow, obviously simple loop over candidates in float64."""
+
+import pytest
+import torch
+
+from ptq4vit_plugin.algorithms.search import engine, gemm, objective
+from ptq4vit_plugin.algorithms.search.engine import search
+from ptq4vit_plugin.algorithms.search.gemm import Gemm
+from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
+from ptq4vit_plugin.quantizers.twin_gelu import TwinGELU
+from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmax
+from ptq4vit_plugin.quantizers.uniform import Uniform
+
+GELU_MINIMUM = -0.16997124254703522
+TENSOR = Grouping((1, 1, 1, 1))
+SPAN = SearchRange(alpha=0.05, beta=1.2, n=24)
+
+
+def normal(generator, *shape):
+    return torch.randn(*shape, generator=generator)
+
+
+def random_op(kind, bits=6, granularity="channel", seed=0, span=SPAN):
+    """A random op of a kind with heavy-tailed operands: gemm, quantizers, search arguments."""
+    g = torch.Generator().manual_seed(seed)
+    if kind == "matmul":
+        op = Gemm(normal(g, 3, 2, 10, 8), normal(g, 3, 2, 8, 9).abs())
+        head = Grouping((1, 2, 1, 1)) if granularity == "head" else TENSOR
+        a, b = Uniform(bits, head, span), Uniform(bits, head, span)
+    elif kind == "attention":
+        op = Gemm((4 * normal(g, 3, 2, 10, 9)).softmax(-1), normal(g, 3, 2, 9, 8))
+        head = Grouping((1, 2, 1, 1)) if granularity == "head" else TENSOR
+        a, b = TwinSoftmax(bits, head, span), Uniform(bits, head, span)
+    elif kind == "conv":  # two groups, float activations
+        op = Gemm(normal(g, 1, 2, 36, 6), normal(g, 1, 2, 6, 4), normal(g, 1, 2, 1, 4))
+        group = Grouping((1, 2, 1, 4)) if granularity == "channel" else TENSOR
+        a, b = None, Uniform(bits, group, span)
+    else:
+        x, w = normal(g, 1, 1, 36, 10), normal(g, 1, 1, 10, 12)
+        x[..., 3] *= 6
+        w[..., 5] *= 3
+        groups = {
+            "channel": Grouping((1, 1, 1, 12)),
+            "row_blocks": Grouping((1, 1, 1, 12), blocks=3),
+            "tensor": TENSOR,
+        }
+        a, b = Uniform(bits, TENSOR, span), Uniform(bits, groups[granularity], span)
+        if kind == "gelu":
+            x = torch.nn.functional.gelu(x)
+            a = TwinGELU(bits, TENSOR, span, minimum=GELU_MINIMUM)
+        op = Gemm(x, w, normal(g, 12))
+    op.fisher = (op.a @ op.b).normal_(generator=g).square()
+    for quantizer, x in ((a, op.a), (b, op.b)):
+        if quantizer is not None:
+            quantizer.observe(x)
+    matmul = kind in ("matmul", "attention")
+    return op, a, b, {"order": ("a", "b") if matmul else ("b", "a"), "images": 1 if matmul else 3}
+
+
+def simple_loss(op, a, b, index, metric, operand, images):
+    """Loss of every group of `operand` in float64, written out: a dict of group -> number."""
+    wide_a, wide_b = op.a.double(), op.b.double()
+    true = wide_a @ wide_b
+    if a is not None:
+        wide_a = a.fake_quantize(op.a, index["a"]).double()
+    if b is not None:
+        wide_b = b.fake_quantize(op.b, index["b"]).double()
+    out = wide_a @ wide_b
+    if op.bias is not None:
+        true, out = true + op.bias.double(), out + op.bias.double()
+    grouping = {"a": a, "b": b}[operand].grouping
+    _, heads, _, columns = true.shape
+    per_channel = operand == "b" and grouping.shape[3] > 1 and not grouping.blocks
+    if metric in ("cosine", "pearson"):
+
+        def angle(u, v):
+            if metric == "pearson":
+                u, v = u - u.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
+            return 1 - (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1))
+
+        if per_channel:
+            true, out = (t.unflatten(2, (images, -1)).transpose(3, 4) for t in (true, out))
+            loss = angle(true, out).sum((0, 2))  # [H, O]
+        else:
+            blocks = max(1, grouping.blocks)
+            true, out = (t.unflatten(3, (blocks, -1)) for t in (true, out))
+            loss = angle(true, out).sum((0, 2))  # [H, blocks]
+            loss = loss.repeat_interleave(columns // blocks, 1)
+    else:
+        error = {
+            "hessian": lambda: op.fisher.double() * (true - out).square(),
+            "mse": lambda: (true - out).square(),
+            "l1": lambda: (true - out).abs(),
+            "linear_weighted_l2": lambda: true.abs() * (true - out).square(),
+            "square_weighted_l2": lambda: (true * (true - out)).square(),
+        }[metric]()
+        loss = error.sum((0, 2))
+    groups = {}
+    for h in range(heads):
+        for o in range(columns):
+            where_h = h if grouping.shape[1] > 1 else 0
+            where_o = o if grouping.shape[3] > 1 else 0
+            if grouping.blocks:
+                where_o = o * grouping.blocks // columns
+            key = (where_h, where_o)
+            groups[key] = groups.get(key, 0.0) + float(loss[h, o])
+    return groups
+
+
+def simple_search(op, a, b, metric, rounds, order, images):
+    """Alternate over all candidates; every group takes the first best."""
+    quantizers = {"a": a, "b": b}
+    index = {
+        k: None if q is None else torch.full(q.grouping.shape, q.n) for k, q in quantizers.items()
+    }
+    for _ in range(rounds):
+        for operand in order:
+            quantizer = quantizers[operand]
+            if quantizer is None:
+                continue
+            best = {}
+            for i in range(quantizer.n):
+                trial = {**index, operand: torch.full(quantizer.grouping.shape, i)}
+                losses = simple_loss(op, a, b, trial, metric, operand, images)
+                for group, loss in losses.items():
+                    if group not in best or loss < best[group][0]:
+                        best[group] = (loss, i)
+            chosen = index[operand].clone()
+            shape = quantizer.grouping.shape
+            for h in range(shape[1]):
+                for o in range(shape[3]):
+                    blocks = quantizer.grouping.blocks
+                    chosen[0, h, 0, o] = best[(h, o * blocks // shape[3] if blocks else o)][1]
+            index[operand] = chosen
+    return index
+
+
+KINDS = [
+    ("linear", "channel"),
+    ("linear", "row_blocks"),
+    ("linear", "tensor"),
+    ("gelu", "channel"),
+    ("matmul", "head"),
+    ("matmul", "tensor"),
+    ("attention", "head"),
+    ("conv", "channel"),
+]
+
+
+@pytest.mark.parametrize("metric", objective.METRICS)
+@pytest.mark.parametrize("kind, granularity", KINDS)
+def test_same_choice_as_a_simple_loop(kind, granularity, metric):
+    op, a, b, arguments = random_op(kind, granularity=granularity)
+    result = search(op, a, b, metric=metric, rounds=2, **arguments)
+    expected = simple_search(op, a, b, metric, 2, **arguments)
+    for operand, index in (("a", result.a_index), ("b", result.b_index)):
+        if expected[operand] is None:
+            assert index is None
+        else:
+            assert torch.equal(index, expected[operand]), operand
+    final = {"a": result.a_index, "b": result.b_index}
+    whole = simple_loss(op, a, b, final, metric, "b", arguments["images"])
+    if metric not in ("cosine", "pearson"):  # these may compare other vectors for a than for b
+        assert result.after <= result.before
+    scale = 1
+    if metric in ("cosine", "pearson") and not (b.grouping.shape[3] > 1 and not b.grouping.blocks):
+        scale = op.b.shape[3] // max(1, b.grouping.blocks)  # the loop counts a row once per column
+    assert result.after == pytest.approx(sum(whole.values()) / scale, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
+@pytest.mark.parametrize("kind", ["linear", "matmul", "conv"])
+@pytest.mark.parametrize("metric", ["hessian", "cosine", "l1"])
+def test_chunk_size_does_not_matter(kind, metric, chunk, monkeypatch):
+    op, a, b, arguments = random_op(kind)
+    expected = search(op, a, b, metric=metric, **arguments)
+    monkeypatch.setattr(engine, "CHUNK", chunk)
+    result = search(op, a, b, metric=metric, **arguments)
+    assert torch.equal(result.b_index, expected.b_index)
+    assert result.after == pytest.approx(expected.after, rel=1e-5)
+
+
+def test_batched_images_with_one_weight_are_rows():
+    op, a, b, arguments = random_op("linear")
+    batched = Gemm(
+        op.a.view(3, 12, 1, 10).transpose(1, 2),
+        op.b,
+        op.bias,
+        op.fisher.view(3, 12, 1, 12).transpose(1, 2),
+    )
+    for metric in ("hessian", "cosine"):
+        expected = search(op, a, b, metric=metric, **arguments)
+        result = search(batched, a, b, metric=metric, order=("b", "a"))
+        assert torch.equal(result.b_index, expected.b_index)
+        assert torch.equal(result.a_index, expected.a_index)
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "fast"])
+@pytest.mark.parametrize("kind", ["linear", "matmul", "attention", "conv"])
+def test_without_a_gradient_the_start_stays(kind, strategy):
+    op, a, b, arguments = random_op(kind)
+    op.fisher.zero_()
+    result = search(op, a, b, strategy=strategy, **arguments)
+    for quantizer, index in ((a, result.a_index), (b, result.b_index)):
+        if quantizer is not None:
+            assert (index == quantizer.n).all()
+    assert result.before == result.after == 0
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "fast"])
+def test_a_group_without_a_gradient_keeps_its_start(strategy):
+    op, a, b, arguments = random_op("linear")
+    op.fisher[..., 4] = 0
+    result = search(op, a, b, strategy=strategy, **arguments)
+    moved = result.b_index.flatten() != b.n
+    assert moved.tolist() == [o != 4 for o in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["linear", "matmul"])
+def test_rows_without_a_gradient_change_nothing(kind):
+    op, a, b, arguments = random_op(kind)
+    op.fisher[:, :, 2::3] = 0
+    if kind == "matmul":
+        op.fisher[1] = 0
+    result = search(op, a, b, **arguments)
+    expected = simple_search(op, a, b, "hessian", 3, **arguments)
+    assert torch.equal(result.a_index, expected["a"])
+    assert torch.equal(result.b_index, expected["b"])
+
+
+def test_nothing_is_evaluated_twice(monkeypatch):
+    op, a, b, arguments = random_op("linear")
+    seen = []
+    loss = engine._Problem.loss
+
+    def record(self, a_index, b_index, searched, view):
+        seen.append((tuple(a_index.flatten().tolist()), tuple(b_index.flatten().tolist())))
+        return loss(self, a_index, b_index, searched, view)
+
+    monkeypatch.setattr(engine._Problem, "loss", record)
+    few = search(op, a, b, rounds=3, **arguments)
+    assert len(seen) == len(set(seen))
+    assert few.evaluations == len(seen) + 1  # the start is evaluated for its rows' losses
+    many = search(op, a, b, rounds=50, **arguments)
+    assert many.evaluations < 20 * SPAN.n  # a fixed point was reached
+    more = search(op, a, b, rounds=51, **arguments)
+    assert torch.equal(many.a_index, more.a_index) and many.evaluations == more.evaluations
+
+
+def test_float_operands_are_left_alone():
+    op, a, _, arguments = random_op("linear")
+    result = search(op, a, None, **arguments)
+    assert result.b_index is None
+    assert torch.equal(result.a_index, simple_search(op, a, None, "hessian", 1, **arguments)["a"])
+    nothing = search(op, None, None, **arguments)
+    assert nothing.a_index is None and nothing.before == nothing.after
+
+
+def codes(generator, *shape):
+    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("m, k, n", [(32, 64, 16), (5, 7, 3), (17, 9, 8), (1, 1, 1)])
+def test_int8_product_is_exact(m, k, n, padded):
+    g = torch.Generator().manual_seed(0)
+    left, right = codes(g, m, k), codes(g, k, n)
+    got = gemm.int_matmul(left, right, padded=padded)
+    assert got.dtype == torch.int32
+    assert torch.equal(got.long(), left.long() @ right.long())
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_integer_product_of_twins_equals_float(heads):
+    g = torch.Generator().manual_seed(1)
+    scales = [torch.tensor(0.5).view(1, 1, 1, 1), torch.full((1, 1, 1, 12), 0.25)]
+    a = [(codes(g, 1, heads, 20, 8), scales[0]), (codes(g, 1, heads, 20, 8), scales[0] / 4)]
+    b = [(codes(g, 1, heads, 8, 12), scales[1])]
+    # Powers of two: float32 is exact, so both paths have to agree bit for bit.
+    dense = sum(c.float() * s for c, s in a) @ (b[0][0].float() * b[0][1])
+    assert torch.equal(gemm.product(a, b), dense)
+    as_float = [(c.float(), s) for c, s in a], [(c.float(), s) for c, s in b]
+    assert torch.equal(gemm.product(*as_float), dense)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind, granularity", [("linear", "channel"), ("gelu", "tensor")])
+@pytest.mark.parametrize("metric", ["hessian", "cosine"])
+def test_integer_path_chooses_the_same(kind, granularity, metric, bits, monkeypatch):
+    op, a, b, arguments = random_op(kind, bits, granularity)
+    results = []
+    for hardware in (False, True):
+        monkeypatch.setattr(engine, "has_int8_dot", lambda device, yes=hardware: yes)
+        results.append(search(op, a, b, metric=metric, **arguments))
+    assert torch.equal(results[0].a_index, results[1].a_index)
+    assert torch.equal(results[0].b_index, results[1].b_index)
+    assert results[0].after == pytest.approx(results[1].after, rel=1e-4)
+
+
+def structured(kind, bits, seed):
+    """An op with what real ones have: few dominant images and tokens, outlier channels."""
+    g = torch.Generator().manual_seed(seed)
+    span = SearchRange(0.01, 1.2, 100)
+    if kind in ("matmul", "attention"):
+        op = Gemm(normal(g, 16, 3, 40, 16), normal(g, 16, 3, 16, 40))
+        a, b = Uniform(bits, TENSOR, span), Uniform(bits, TENSOR, span)
+        if kind == "attention":
+            op = Gemm((2 * op.a @ op.b / 4).softmax(-1), normal(g, 16, 3, 40, 16))
+            a = TwinSoftmax(bits, TENSOR, span)
+        lead = (16, 1, 40)
+        order = ("a", "b")
+    else:
+        tokens, basis = 32 * 50, normal(g, 24, 64)
+        x = normal(g, tokens, 24) @ basis + normal(g, tokens, 64)
+        x = x * torch.exp(0.7 * normal(g, 64))
+        a, b = Uniform(bits, TENSOR, span), Uniform(bits, Grouping((1, 1, 1, 96)), span)
+        if kind == "gelu":
+            x, a = torch.nn.functional.gelu(x), TwinGELU(bits, TENSOR, span, minimum=GELU_MINIMUM)
+        op = Gemm(x[None, None], normal(g, 1, 1, 64, 96), normal(g, 96))
+        lead = (1, 1, tokens)
+        order = ("b", "a")
+    out = op.a @ op.b
+    op.fisher = out.normal_(generator=g).square() * torch.exp(2 * normal(g, *lead))[..., None]
+    a.observe(op.a)
+    b.observe(op.b)
+    return op, a, b, order
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["linear", "gelu", "matmul", "attention"])
+def test_fast_finds_what_exhaustive_finds(kind, bits):
+    op, a, b, order = structured(kind, bits, seed=bits)
+    best = search(op, a, b, order=order, strategy="exhaustive")
+    fast = search(op, a, b, order=order, strategy="fast")
+    assert fast.after <= best.after * 1.001
+    assert fast.evaluations < best.evaluations / 5
+    again = search(op, a, b, order=order, strategy="fast")
+    assert torch.equal(fast.a_index, again.a_index) and torch.equal(fast.b_index, again.b_index)
+
+
+def test_sampled_losses_estimate_the_whole():
+    op, a, b, order = structured("linear", 6, seed=3)
+    problem = engine._prepare(op, {"a": a, "b": b}, "hessian", 1)
+    start = torch.full((1, 1, 1, 1), a.n), torch.full((1, 1, 1, 96), b.n)
+    rows = problem.row_loss(*start).double()
+    sample = problem.sample(engine.Stage(1 / 8, 64, 4), rows)
+    assert sample.cost == pytest.approx(1 / 8, rel=0.01)
+    elsewhere = torch.full((1, 1, 1, 1), 60), torch.full((1, 1, 1, 96), 70)
+    view = objective.View("element")
+    whole = float(problem.loss(*elsewhere, "a", view).sum())
+    assert float(sample.loss(*elsewhere, "a", view).sum()) == pytest.approx(whole, rel=0.05)
+
+
+def test_draw_takes_certain_items_once():
+    importance = torch.tensor([[0.0, 1e6, 1.0, 1.0, 0.0, 2.0, 1e6, 1.0]])
+    index, factor = engine._draw(importance, 4)
+    assert {1, 6} <= set(index.flatten().tolist()) and len(set(index.flatten().tolist())) == 4
+    assert factor.min() == 1 and torch.isfinite(factor).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"metric": "hesian"}, "metric is 'hesian'"),
+        ({"strategy": "slow"}, "strategy is 'slow'"),
+        ({"images": 5}, "36 rows do not divide into 5 images"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    op, a, b, _ = random_op("linear")
+    with pytest.raises(ValueError, match=message):
+        search(op, a, b, **arguments)
+
+
+def test_hessian_needs_a_gradient():
+    op, a, b, _ = random_op("linear")
+    op.fisher = None
+    with pytest.raises(ValueError, match="squared gradient"):
+        search(op, a, b, metric="hessian")
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="operands must be"):
+        Gemm(torch.zeros(2, 1, 3, 4), torch.zeros(3, 1, 4, 5))
+    with pytest.raises(ValueError, match="fisher must be"):
+        Gemm(torch.zeros(2, 1, 3, 4), torch.zeros(1, 1, 4, 5), None, torch.zeros(1))
