@@ -1,6 +1,7 @@
 """PTQ4ViT as an NNCF plugin: vision transformers in 8 bits or fewer, without retraining.
 
-The public verbs. They are imported when they are first used, because torch and NNCF take seconds to import.
+The public verbs. They are imported when they are first used, because torch and NNCF take seconds
+to import.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A quantized model in one ``.safetensors`` file: tensors, and in its metadata everything to rebuild it.
+"""A quantized model in one ``.safetensors`` file: tensors, and in its metadata everything to
+rebuild it.
 
-Nothing is unpickled. Classes of hooks are imported only from NNCF, from this plugin and from distributions
-that registered a quantizer through an entry point, which the user installed.
+Nothing is unpickled. Classes of hooks are imported only from NNCF, from this plugin and from
+distributions that registered a quantizer through an entry point, which the user installed.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def save(
     Parameters
     ----------
     recipe
-        ``{"name": timm name, "args": {...}}``; known already for models that a config built. Without one,
-        `load` has to be given a model of the same architecture.
+        ``{"name": timm name, "args": {...}}``; known for models that a config
+        built. Without one, `load` has to be given a model of the same architecture.
     extra
         JSON values to keep with it.
 
@@ -107,14 +108,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Parameters
     ----------
     model
-        A float model of the same architecture, used instead of building the checkpoint's recipe. It is
-        changed in place.
+        A float model of the same architecture, used instead of building the checkpoint's recipe.
+        It is changed in place.
 
     Raises
     ------
     CheckpointError
-        The file is missing, damaged, foreign, too new, of another model, or names a class from a module
-        that is not allowed.
+        The file is missing, damaged, foreign, too new, of another model, or names a class from a
+        module that is not allowed.
     """
     path = Path(path)
     metadata = read_metadata(path)
@@ -173,8 +174,8 @@ def read_metadata(path: Path) -> Metadata:
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"'{path}' has format version {version}; this release reads version {FORMAT_VERSION}: "
-                "install a newer ptq4vit-plugin"
+                f"'{path}' has format version {version}; this release reads "
+                f"version {FORMAT_VERSION}: install a newer ptq4vit-plugin"
             )
         return Metadata.model_validate(content)
     except (json.JSONDecodeError, AttributeError, ValidationError) as error:

@@ -3,8 +3,8 @@
 A data source is a callable ``(config, split, transform, **options)``, registered in the entry-point
 group ``ptq4vit_plugin.datasets``. ``config`` is the config's ``data`` section, whose ``options``
 are the further arguments; ``transform`` turns a PIL image into the model's input. It returns a
-map-style data set of ``(image, label)``: float32 ``[C, H, W]`` ready for the model, and an int, -1 for an
-unknown label. Two attributes are optional: ``names``, what to call each image in messages and what
+map-style data set of ``(image, label)``: float32 ``[C, H, W]`` ready for the model, and an int, -1
+for an unknown label. Two attributes are optional: ``names``, what to call each image in messages and what
 subsets are drawn from after sorting, and ``classes``, the class names in the order of the labels.
 An image that cannot be decoded raises `UnreadableImage`.
 """

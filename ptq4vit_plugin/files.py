@@ -30,7 +30,8 @@ def output_folder(folder: Path) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it becomes ``path`` only when the context ends without an error.
+    """A temporary path to write to; it becomes ``path`` only when the context ends without an
+    error.
 
     Raises
     ------

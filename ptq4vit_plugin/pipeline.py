@@ -26,11 +26,11 @@ def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq
     model
         A timm transformer, or any model made of linears, convolutions and attention, on any device.
     calibration_dataset
-        An ``nncf.Dataset``, or any iterable of image batches ``[B, C, H, W]`` or (images, labels) pairs. The
-        paper uses 32 training images with the model's own test transform.
+        An ``nncf.Dataset``, or any iterable of image batches ``[B, C, H, W]`` or (images, labels)
+        pairs. The paper uses 32 training images with the model's own test transform.
     compression
-        A registered algorithm's name, a mapping ``{"algorithm": ..., fields}``, a list of these (steps of one
-        NNCF pipeline), or a `config.Config`.
+        A registered algorithm's name, a mapping ``{"algorithm": ..., fields}``, a list of these
+        (steps of one NNCF pipeline), or a `config.Config`.
 
     Returns
     -------

@@ -15,8 +15,9 @@ Granularity = Literal["tensor", "channel", "row_blocks", "head"]
 class Source:
     """Where an operand's numbers come from.
 
-    ``kind`` is ``weight``, ``image`` (the model's input), ``softmax``, ``activation`` or the name of an
-    activation function; ``minimum_scale`` is c of x·sigmoid(c·x) for functions written that way.
+    ``kind`` is ``weight``, ``image`` (the model's input), ``softmax``, ``activation`` or the name
+    of an activation function; ``minimum_scale`` is c of x·sigmoid(c·x) for functions written that
+    way.
     """
 
     kind: str
@@ -45,15 +46,16 @@ class Operand(BaseModel):
     Attributes
     ----------
     port
-        Input port of the op in the NNCF graph: 0 for activations and the left factor, 1 for weights and the
-        right factor.
+        Input port of the op in the NNCF graph: 0 for activations and the left factor, 1 for
+        weights and the right factor.
     source
-        What the numbers are: ``weight``, ``activation``, ``softmax``, ``image`` or the name of the activation
-        function they come out of (``gelu``, ``silu``, ...).
+        What the numbers are: ``weight``, ``activation``, ``softmax``, ``image`` or the name of the
+        activation function they come out of (``gelu``, ``silu``, ...).
     parameter
         Name of the model's parameter when the operand is a weight.
     quantizer
-        Registered quantizer's name; ``None`` when the operand stays in floating point, ``reason`` says why.
+        Registered quantizer's name; ``None`` when the operand stays in floating point, ``reason``
+        says why.
     options
         Further arguments of the quantizer.
     """
@@ -78,7 +80,8 @@ class Op(BaseModel):
     name
         Name of the op in the NNCF graph, for example ``blocks/0/attn/matmul/1``.
     role
-        ``patch_embedding``, ``qkv``, ``qk`` (scores), ``attention_v``, ``linear``, ``conv2d`` or ``matmul``.
+        ``patch_embedding``, ``qkv``, ``qk`` (scores), ``attention_v``, ``linear``, ``conv2d`` or
+        ``matmul``.
     macs
         Multiply-accumulates for one image.
     """

@@ -36,7 +36,7 @@ class OperandRecord(_Frozen):
 
 
 class OpRecord(_Frozen):
-    """One op: its quantizers, the objective at the start scales and at the chosen ones, the cost."""
+    """One op: its quantizers, the objective at the start scales and at the chosen ones, cost."""
 
     name: str
     kind: OpKind
@@ -70,7 +70,8 @@ def record_of(model: nn.Module) -> QuantizationRecord | None:
 
 
 def describe(model: nn.Module) -> list[OpRecord]:
-    """One record per quantized op of a model that this plugin quantized: quantizers, objectives, cost.
+    """One record per quantized op of a model that this plugin quantized: quantizers, objectives,
+    cost.
 
     Raises
     ------

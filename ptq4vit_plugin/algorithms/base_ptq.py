@@ -9,7 +9,7 @@ from ptq4vit_plugin.quantizers.base import SearchRange
 
 
 class BasePTQ(ScaleSearch):
-    """Uniform quantizers everywhere, every scale by cosine distance, one round, 0.5 to 1.2 of the maximum."""
+    """Uniform quantizers, every scale by cosine distance, one round, 0.5 to 1.2 of the maximum."""
 
     twin: Twin = Twin(softmax=False, gelu=False)
     metric: Metric = "cosine"

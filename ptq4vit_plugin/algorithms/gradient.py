@@ -1,7 +1,8 @@
-"""What is backpropagated to weigh the output errors of the ops: estimates of the Fisher information.
+"""What is backpropagated to weigh the output errors of the ops: estimates of the Fisher
+information.
 
-The search minimises ``Σ (∂L/∂O)² (Ô − O)²`` (PTQ4ViT, section 3.3). Backpropagating the distance of the
-model's output to itself gives zero; these give sound estimates of the same quantity.
+The search minimises ``Σ (∂L/∂O)² (Ô − O)²`` (PTQ4ViT, section 3.3). Backpropagating the distance
+of the model's output to itself gives zero; these give sound estimates of the same quantity.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ class Gradient(BaseModel):
     Attributes
     ----------
     kind
-        ``fisher``: cross-entropy against labels sampled from the model's own softmax (Monte-Carlo Fisher).
-        ``gauss_newton``: a random probe at the logits with covariance ``diag(p) − p pᵀ``.
-        ``labels``: cross-entropy against the true labels of the calibration images (empirical Fisher).
+        ``fisher``: cross-entropy against labels sampled from the model's own softmax (Monte-Carlo
+        Fisher). ``gauss_newton``: a random probe at the logits with covariance ``diag(p) − p pᵀ``.
+        ``labels``: cross-entropy against the true labels of the calibration images (empirical
+        Fisher).
     probes
         Backward passes per batch; squared gradients are averaged. More probes, less noise.
     seed

@@ -34,8 +34,8 @@ def make_plan(found: Sequence[FoundOp], left_out: Sequence[LeftOut], settings: S
         for scope in scopes:
             if not any(matches(scope, name) for name in names):
                 raise ConfigError(
-                    f"{key}: '{scope}' matches no op of the model; allowed: op names as `ptq4vit plan` prints "
-                    f"them, or '{{re}}' and a pattern" + nearest(scope, names)
+                    f"{key}: '{scope}' matches no op of the model; allowed: op names as "
+                    f"`ptq4vit plan` prints them, or '{{re}}' and a pattern" + nearest(scope, names)
                 )
     ops, ignored = [], []
     owners: dict[str, str] = {}

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import psutil
 import torch
 from nncf.common.graph.graph import NNCFGraph
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
 from nncf.common.utils.backend import BackendType
 from nncf.quantization.algorithms.algorithm import Algorithm
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
@@ -41,12 +42,13 @@ Metric = Literal[
 class ScaleSearch(BaseModel, Algorithm):
     """Choose every scale by searching for the one that disturbs the op's output least.
 
-    Lifecycle of `apply`: attention is unfused; ops are found on the NNCF graph; a plan gives each operand a
-    quantizer; operands and gradients are recorded in as few forward/backward passes as fit the memory; the
-    search runs op by op, always against the floating-point model; quantizers are inserted as NNCF hooks.
+    Lifecycle of `apply`: attention is unfused; ops are found on the NNCF graph; a plan gives each
+    operand a quantizer; operands and gradients are recorded in as few forward/backward passes as
+    fit the memory; the search runs op by op, always against the floating-point model; quantizers
+    are inserted as NNCF hooks.
 
-    Fields are the algorithm's config. Constructor: ``Algorithm(dataset, **fields)``, because an NNCF pipeline
-    does not pass the dataset on to its steps.
+    Fields are the algorithm's config. Constructor: ``Algorithm(dataset, **fields)``, because an
+    NNCF pipeline does not pass the dataset on to its steps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,14 +101,12 @@ class ScaleSearch(BaseModel, Algorithm):
         """PyTorch only."""
         return [BackendType.TORCH]
 
-    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> Any:
+    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
         """NNCF collects nothing for this algorithm: it records what it needs itself."""
-        from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-
         return StatisticPointsContainer()
 
     def overridden(self, op_name: str) -> ScaleSearch:
-        """The settings that hold for one op, overrides applied in the order in which they are written."""
+        """The settings that hold for one op; overrides are applied in the order of the config."""
         settings = self
         for scope, override in self.scope_overrides.items():
             if matches(scope, op_name):
@@ -133,9 +133,10 @@ class ScaleSearch(BaseModel, Algorithm):
         found, left_out = find_ops(graph, batch_size)
         plan = make_plan(found, left_out, self)
         if not any(op.kind in ("linear", "matmul") for op in plan.ops):
+            reasons = ", ".join(f"{op.name} ({op.reason})" for op in plan.left_out)
             raise ModelError(
-                f"{type(model).__name__} has no transformer op (linear or matrix product) to quantize; "
-                f"left out: {', '.join(f'{op.name} ({op.reason})' for op in plan.left_out) or 'nothing'}"
+                f"{type(model).__name__} has no transformer op (linear or matrix product) to "
+                f"quantize; left out: {reasons or 'nothing'}"
             )
         return plan, {op.name: op for op in found}
 
@@ -170,9 +171,8 @@ class ScaleSearch(BaseModel, Algorithm):
         module = hooks.unwrap(model)
         source = self._dataset if dataset is None else dataset
         if source is None:
-            raise DataError(
-                f"{type(self).__name__} needs calibration images: {type(self).__name__}(dataset, ...)"
-            )
+            name = type(self).__name__
+            raise DataError(f"{name} needs calibration images: {name}(dataset, ...)")
         data = batches(source)
         switched = unfuse_attention(module)
         if switched:

@@ -27,8 +27,9 @@ class Weights(_Section):
     Attributes
     ----------
     granularity
-        ``channel``: a scale per output channel. ``tensor``: one scale. ``paper``: one scale for a linear, three
-        for the rows of query, key and value, one per output channel for the patch embedding.
+        ``channel``: a scale per output channel. ``tensor``: one scale. ``paper``: one scale for a
+        linear, three for the rows of query, key and value, one per output channel for the patch
+        embedding.
     """
 
     bits: Bits = 8
@@ -42,8 +43,9 @@ class Activations(_Section):
     Attributes
     ----------
     granularity
-        ``head``: the operands of attention's products have a scale per head, all others one per tensor.
-        ``tensor``: one scale everywhere. ``paper``: as ``head``, and the patch embedding's input stays in float.
+        ``head``: the operands of attention's products have a scale per head, all others one per
+        tensor. ``tensor``: one scale everywhere. ``paper``: as ``head``, and the patch embedding's
+        input stays in float.
     """
 
     bits: Bits = 8
@@ -62,7 +64,7 @@ class Twin(_Section):
 
 
 class Override(_Section):
-    """Sections that replace the algorithm's own for some ops; keys that are not given keep their value."""
+    """Sections for some ops only; keys that are not given keep the algorithm's value."""
 
     weights: Weights | None = None
     activations: Activations | None = None

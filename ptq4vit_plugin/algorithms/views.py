@@ -1,8 +1,9 @@
-"""Every op as one canonical GEMM, so that a single search serves linears, convolutions and matrix products.
+"""Every op as one canonical GEMM, so that a single search serves linears, convolutions and matrix
+products.
 
-Canonical shapes: left operand ``[B, H, N, I]``, right operand ``[B or 1, H, I, O]``, output ``[B, H, N, O]``.
-A linear has B = H = 1 and N = all tokens of all images; a convolution is unfolded, H are its groups; a matrix
-product of attention has B = images (times windows), H = heads.
+Canonical shapes: left operand ``[B, H, N, I]``, right operand ``[B or 1, H, I, O]``, output ``[B,
+H, N, O]``. A linear has B = H = 1 and N = all tokens of all images; a convolution is unfolded, H
+are its groups; a matrix product of attention has B = images (times windows), H = heads.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class GemmView(ABC):
 
     @abstractmethod
     def layout(self, port: int, scale: Tensor) -> Tensor:
-        """A tensor of group shape, reshaped so that it broadcasts against the operand in the model."""
+        """A tensor of group shape, so that it broadcasts against the operand in the model."""
 
     def bias(self, bias: Tensor) -> Tensor:
         """A bias per output channel, broadcastable against the canonical output."""
@@ -112,7 +113,10 @@ class ConvView(GemmView):
 
 
 class MatmulView(GemmView):
-    """Two activations ``[..., N, I]`` and ``[..., I, O]``; four dimensions are read as images, heads, rows, columns."""
+    """Two activations ``[..., N, I]`` and ``[..., I, O]``.
+
+    Four dimensions are read as images, heads, rows and columns.
+    """
 
     batch_dim = 0
 

@@ -131,7 +131,8 @@ class TwinQuantizer(nn.Module, StatefulModuleInterface):
             codes, _, step = grid.codes(values)
             quantized = codes.mul_(step)
         if torch.is_grad_enabled() and values.requires_grad:
-            # Not clamp(): at a limit, such as the many zeros of a softmax, it gives half a gradient.
+            # Not clamp(): at a limit, such as the many zeros of a softmax, it gives half a
+            # gradient.
             low, high = grid.lowest * grid.step1, grid.highest * grid.step2
             inside = torch.where((values >= low) & (values <= high), values, 0.0)
             gradient = inside - inside.detach()  # zero, but carries the derivative

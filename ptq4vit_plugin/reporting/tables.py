@@ -32,7 +32,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def record_table(records: list[OpRecord]) -> Table:
-    """Every op: quantizers with their searched parameter, objective before and after, evaluations, seconds."""
+    """Every op: quantizers with their searched parameter, objective, evaluations, seconds."""
     table = Table(
         "op",
         "left operand",

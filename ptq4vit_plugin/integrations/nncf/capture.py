@@ -62,8 +62,8 @@ class Recorded:
 def batches(dataset: Any) -> list[Batch]:
     """The calibration batches of an ``nncf.Dataset`` or any iterable, checked.
 
-    An item is what NNCF accepts for a model: a tensor, a tuple of arguments or a dict of them; the pair
-    (images, integer labels) that a data loader gives is recognised.
+    An item is what NNCF accepts for a model: a tensor, a tuple of arguments or a dict of them; the
+    pair (images, integer labels) that a data loader gives is recognised.
 
     Raises
     ------
@@ -166,8 +166,9 @@ def record(
         def see(y: Tensor) -> None:
             fisher = torch.zeros_like(y, dtype=torch.float32, requires_grad=False)
             recorded[name].fisher.append(fisher)
-            # A tensor hook, unlike torch.autograd.grad, still speaks of this value when the model goes on to
-            # write into it in place (an in-place activation function, a residual added in place).
+            # A tensor hook, unlike torch.autograd.grad, still speaks of this value when the model
+            # goes on to write into it in place (an in-place activation function, a residual added
+            # in place).
             y.register_hook(lambda grad: add_square(fisher, grad))
 
         return see
@@ -222,8 +223,8 @@ def _backward(
 ) -> None:
     if gradient.kind == "labels" and labels is None:
         raise DataError(
-            "gradient.kind is 'labels' but the calibration data has none; give (images, labels) batches, "
-            "or use 'fisher' or 'gauss_newton'"
+            "gradient.kind is 'labels' but the calibration data has none; give "
+            "(images, labels) batches, or use 'fisher' or 'gauss_newton'"
         )
     for probe in range(gradient.probes):
         loss = probe_loss(logits, gradient.kind, generator, labels)
@@ -238,8 +239,8 @@ def _check(recorded: dict[str, Recorded]) -> None:
             )
     if recorded and not any(value.any() for seen in recorded.values() for value in seen.fisher):
         raise ModelError(
-            "the gradient is zero at every op, so nothing can be ranked; the model's output does not depend on "
-            "its ops, or its softmax is saturated: use metric 'mse' or 'cosine'"
+            "the gradient is zero at every op, so nothing can be ranked; the model's output does not "
+            "depend on its ops, or its softmax is saturated: use metric 'mse' or 'cosine'"
         )
 
 

@@ -10,27 +10,42 @@ from nncf.common.graph.graph import NNCFGraph, NNCFNode
 
 from ptq4vit_plugin.plan import FoundOp, LeftOut, OpKind, Source
 
-# Functions that move, select or repeat numbers without changing any (padding adds zeros, which every
-# range that is looked for contains).
+# Functions that move, select or repeat numbers without changing any (padding adds zeros, which
+# every range that is looked for contains).
 KEEPS_NUMBERS = frozenset(
-    "dropout dropout_ alpha_dropout reshape view view_as reshape_as permute transpose t swapaxes swapdims movedim "
-    "moveaxis flatten unflatten contiguous clone detach to type_as float half bfloat16 squeeze unsqueeze expand "
-    "expand_as repeat repeat_interleave tile __getitem__ getitem select narrow index_select gather unbind chunk "
-    "split split_with_sizes tensor_split roll pad unfold einops_rearrange identity".split()
+    """
+    dropout dropout_ alpha_dropout reshape view view_as reshape_as permute transpose t
+    swapaxes swapdims movedim moveaxis flatten unflatten contiguous clone detach to type_as
+    float half bfloat16 squeeze unsqueeze expand expand_as repeat repeat_interleave tile
+    __getitem__ getitem select narrow index_select gather unbind chunk split
+    split_with_sizes tensor_split roll pad unfold einops_rearrange identity
+    """.split()
 )
 # Between a score product and its softmax: scaling, position biases, masks, mixing of heads.
 SCORE_ARITHMETIC = KEEPS_NUMBERS | frozenset(
-    "mul __mul__ __rmul__ imul __imul__ div __truediv__ truediv add __add__ __radd__ iadd __iadd__ add_ mul_ sub "
-    "__sub__ where masked_fill masked_fill_ clamp exp sigmoid amax max".split()
+    """
+    mul __mul__ __rmul__ imul __imul__ div __truediv__ truediv add __add__ __radd__ iadd
+    __iadd__ add_ mul_ sub __sub__ where masked_fill masked_fill_ clamp exp sigmoid amax max
+    """.split()
 )
-SPLITS = frozenset("unbind chunk split split_with_sizes tensor_split".split())
+SPLITS = frozenset(
+    """
+    unbind chunk split split_with_sizes tensor_split
+    """.split()
+)
 ACTIVATIONS = frozenset(
-    "gelu silu silu_ hardswish hardswish_ mish mish_ relu relu_ relu6 relu6_".split()
+    """
+    gelu silu silu_ hardswish hardswish_ mish mish_ relu relu_ relu6 relu6_
+    """.split()
 )
-PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm".split())
+PRODUCTS = frozenset(
+    """
+    matmul __matmul__ __rmatmul__ bmm
+    """.split()
+)
 # Contractions that are seen and not quantized, each with the reason that the plan gives.
 NOT_QUANTIZED = {
-    "scaled_dot_product_attention": "fused attention hides its two products; the model has no switch that unfuses it",
+    "scaled_dot_product_attention": "fused attention hides its products; no switch unfuses it",
     "einsum": "a contraction written as einsum has no fixed operand layout",
     "conv1d": "1-D convolutions are not supported",
     "conv3d": "3-D convolutions are not supported",
@@ -51,7 +66,8 @@ def find_ops(graph: NNCFGraph, batch_size: int) -> tuple[list[FoundOp], list[Lef
     graph
         NNCF's graph of one forward pass.
     batch_size
-        Number of images in the example that was traced; multiply-accumulates are given for one image.
+        Number of images in the example that was traced; multiply-accumulates are given for one
+        image.
 
     Returns
     -------
@@ -89,7 +105,8 @@ def _describe(graph: NNCFGraph, node: NNCFNode, kind: OpKind, batch_size: int) -
     edges = {edge.input_port_id: edge for edge in graph.get_input_edges(node)}
     outputs = graph.get_output_edges(node)
     if 0 not in edges or 1 not in edges or not outputs:
-        # An operand that is a constant tensor made inside forward has no edge; nothing calibrates it.
+        # An operand that is a constant tensor made inside forward has no edge; nothing calibrates
+        # it.
         return LeftOut(
             name=node.node_name, kind=kind, reason="an operand is not a value of the traced graph"
         )
@@ -194,7 +211,7 @@ def _feeds_softmax(graph: NNCFGraph, node: NNCFNode) -> bool:
 
 
 def _splits_in_three(graph: NNCFGraph, node: NNCFNode) -> bool:
-    """Whether the output is cut into three (query, key, value) before anything else happens to it."""
+    """Whether the output is cut into three: query, key and value."""
     return any(
         step.node_type in SPLITS
         and len({edge.output_port_id for edge in graph.get_output_edges(step)}) == 3
@@ -215,7 +232,7 @@ def _downstream(graph: NNCFGraph, node: NNCFNode, through: frozenset[str]) -> It
 
 
 def _convolution(node: NNCFNode) -> dict[str, Any]:
-    """Stride, padding, dilation and groups of a conv2d call, as ``torch.nn.functional.unfold`` wants them."""
+    """Stride, padding, dilation and groups of a conv2d call."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     attributes = node.layer_attributes
     call = dict(zip(names, attributes.op_args, strict=False)) | attributes.op_kwargs

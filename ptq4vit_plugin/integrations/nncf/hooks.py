@@ -28,8 +28,8 @@ from torch import Tensor, nn
 class Hook(NamedTuple):
     """A module that NNCF runs on the values of an op.
 
-    ``when`` is ``"pre"`` (on an input port) or ``"post"`` (on an output port; on the value of a parameter
-    when ``op`` is a parameter's name).
+    ``when`` is ``"pre"`` (on an input port) or ``"post"`` (on an output port; on the value of a
+    parameter when ``op`` is a parameter's name).
     """
 
     when: str
@@ -71,7 +71,8 @@ def trace(model: nn.Module, example: Any) -> NNCFGraph:
 
 
 def insert(model: nn.Module, name: str, port: int | None, module: nn.Module) -> None:
-    """Run ``module`` on what arrives at an op's input port, or on a parameter's value wherever it is used.
+    """Run ``module`` on what arrives at an op's input port, or on a parameter's value wherever it
+    is used.
 
     Parameters
     ----------
@@ -99,12 +100,14 @@ def watching(
     inputs: dict[tuple[str, int], Callable[[Tensor], None]],
     outputs: dict[str, Callable[[Tensor], None]],
 ) -> Iterator[None]:
-    """Show the values at input ports and outputs of ops to functions, for as long as the context lasts.
+    """Show the values at input ports and outputs of ops to functions, for as long as the context
+    lasts.
 
     Parameters
     ----------
     inputs
-        Functions by (op name, input port). They see the value after the hooks that are there already.
+        Functions by (op name, input port). They see the value after the hooks that are there
+        already.
     outputs
         Functions by op name.
     """

@@ -74,8 +74,8 @@ def recipe_of(model: nn.Module) -> Recipe | None:
 def _load_weights(model: nn.Module, path: Path) -> None:
     if path.suffix != ".safetensors":
         raise ModelError(
-            f"model.checkpoint: '{path}' is not a .safetensors file; other formats are pickles, which run code "
-            "when they are opened: convert it with safetensors.torch.save_file"
+            f"model.checkpoint: '{path}' is not a .safetensors file; other formats are pickles, "
+            "which run code when they are opened: convert it with safetensors.torch.save_file"
         )
     try:
         state = load_file(path)
