@@ -109,6 +109,14 @@ def evaluate(
     return totals.metrics(tuple(getattr(loader, "unreadable", ())))
 
 
+def logit_comparison(logits: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Agreement in percent and SQNR in dB, as in `Metrics`, of two sets of logits."""
+    totals = _Totals()
+    totals.classes = logits.shape[1]
+    totals.compare(logits, reference)
+    return 100 * totals.agree / totals.compared, totals.sqnr_db
+
+
 def wilson_interval(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
     """Return the Wilson score interval of a proportion, both ends between 0 and 1.
 
