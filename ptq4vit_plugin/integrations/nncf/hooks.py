@@ -130,11 +130,16 @@ class ReplacedOps(nn.Module):
     def __init__(self, model: nn.Module, ops: dict[str, nn.Module]) -> None:
         super().__init__()
         self.model = model
-        self.ops = nn.ModuleDict({name.replace(".", ":"): op for name, op in ops.items()})
+        self.ops = nn.ModuleDict({self.key(name): op for name, op in ops.items()})
+
+    @staticmethod
+    def key(name: str) -> str:
+        """The name of an op's module; converters keep it in the names of their nodes."""
+        return name.replace("/", ":")
 
     def named_ops(self) -> dict[str, nn.Module]:
         """The replacing modules by op name."""
-        return {name.replace(":", "."): op for name, op in self.ops.items()}
+        return {key.replace(":", "/"): op for key, op in self.ops.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
