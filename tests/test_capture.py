@@ -3,13 +3,14 @@
 import pytest
 import torch
 from models import images, small_vit
+from torch import nn
+
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches, record
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
-from torch import nn
 
 
 def prepared(device="cpu"):
@@ -38,7 +39,7 @@ def test_inputs_are_what_the_modules_see(device):
 
 
 def exact_fisher(model, name, x):
-    """Fisher diagonal at a module's output: one backward pass per class, weighted by the softmax."""
+    """Fisher diagonal at a module's output: one backward pass per class, softmax-weighted."""
     outputs = []
     handle = model.get_submodule(name).register_forward_hook(lambda m, a, y: outputs.append(y))
     logits = model(x.requires_grad_())

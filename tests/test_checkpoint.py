@@ -5,15 +5,16 @@ import subprocess
 import sys
 
 import nncf
-import ptq4vit_plugin as ptq
 import pytest
 import timm
 import torch
 from models import ARGS, images, small_vit
-from ptq4vit_plugin.checkpoint import FORMAT_VERSION
-from ptq4vit_plugin.errors import CheckpointError, PTQ4ViTError
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin.checkpoint import FORMAT_VERSION
+from ptq4vit_plugin.errors import CheckpointError, PTQ4ViTError
 
 RECIPE = {"name": "vit_tiny_patch16_224", "args": {**ARGS, "depth": 1}}
 ALLOWED = ("nncf.*", "ptq4vit_plugin.*")

@@ -2,18 +2,19 @@
 
 import nncf
 import numpy as np
-import ptq4vit_plugin as ptq
 import pytest
 import torch
 from models import images, small_vit, sqnr
 from nncf.quantization.algorithms.pipeline import Pipeline
+from torch import nn
+
+import ptq4vit_plugin as ptq
 from ptq4vit_plugin.algorithms.ptq4vit import PTQ4ViT
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELUQuantizer
 from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmaxQuantizer
-from torch import nn
 
 SHORT = {"rounds": 1}
 
@@ -185,7 +186,8 @@ def test_a_third_partys_quantizer_in_a_config(model, distribution, tmp_path):
             \"\"\"Uniform, with the range that covers the maximum only.\"\"\"
 
             def candidates(self):
-                return self.search.candidates(self.high / self.highest)[-1:].expand(self.n + 1, *self.high.shape)
+                start = self.search.candidates(self.high / self.highest)[-1:]
+                return start.expand(self.n + 1, *self.high.shape)
         """
     distribution(
         "narrow-quantizer", {"quantizers": {"narrow": "narrow:Narrow"}}, {"narrow": source}

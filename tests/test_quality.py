@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import ptq4vit_plugin as ptq
 import pytest
 import timm
 import torch
 from models import sqnr
 from safetensors.torch import load_file
+
+import ptq4vit_plugin as ptq
 
 BENCH = Path(__file__).parents[2] / "shared" / "bench" / "vit_c10"
 

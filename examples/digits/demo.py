@@ -46,7 +46,7 @@ def main() -> None:
     floating = evaluate(model, held_out)
     file_kib = config.model.checkpoint.stat().st_size / 1024
     table = Table("algorithm", "bits", box=box.SIMPLE_HEAD)
-    for name in ("top-1 %", "agree %", "SQNR dB", "packed KiB", "file KiB", "s"):
+    for name in ("top-1 %", "agree %", "SQNR dB", "packed", "file", "s"):
         table.add_column(name, justify="right")
     table.add_row(
         "float", "32", f"{floating.top1:.2f}", "", "", f"{file_kib:.0f}", f"{file_kib:.0f}"
@@ -105,8 +105,8 @@ def main() -> None:
     console.print(table)
     console.print(
         "agree   same class as the float model\n"
-        "packed  weights in their bits, computed\n"
-        "file    the checkpoint, which keeps float weights beside their scales\n"
+        "packed  KiB with the weights in their bits, computed\n"
+        "file    KiB of the checkpoint, which keeps float weights beside their scales\n"
         f"written {RUN}/results.json and a checkpoint and config.yaml per row",
         highlight=False,
     )

@@ -62,14 +62,13 @@ class Stage:
 
     fraction: float  #: of the output rows that are evaluated
     minimum: int  #: rows, for small ops
-    keep: int  #: candidates per group that go on to the next stage, at most ...
-    margin: float  #: ... those whose loss is within this (relative) of the best
+    keep: int  #: candidates per group that go on to the next stage
 
 
 #: Stages of `fast`; the survivors of the last one are compared on all rows. The first round and
 #: the second (the first one had to work with the other operand's start scale) begin with all
 #: candidates, later rounds with those that survived the first stage in the second round.
-SCHEDULE = (Stage(1 / 64, 128, 16, 0.5), Stage(1 / 12, 512, 3, 0.02))
+SCHEDULE = (Stage(1 / 64, 128, 16), Stage(1 / 12, 512, 3))
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows.
 PROBES = (0.25, 0.5)
 #: Widest block of output columns that draws its own sample of rows.
@@ -311,6 +310,11 @@ def _size(parts: list[Tensor]) -> Tensor:
     return torch.stack([x / x.sum(1, keepdim=True).clamp_min(1e-300) for x in parts]).sum(0)
 
 
+def _indifferent(candidates: Tensor, losses: Tensor) -> Tensor:
+    """Groups whose candidates differ while their losses do not: nothing to choose by."""
+    return (candidates != candidates[0]).any(0) & (losses.amax(0) <= losses.amin(0))
+
+
 def _draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Systematic sample with probability proportional to size, without randomness.
 
@@ -458,19 +462,12 @@ class _Search:
             sample = self._sample(stage, operand)
             if sample is not None and len(candidates) > stage.keep:
                 _, groups = self._evaluate(sample, operand, candidates)
-                ordered, best = groups.sort(dim=0, stable=True)
-                ordered, best = ordered[: stage.keep], candidates.gather(0, best[: stage.keep])
-                # Where a group has fewer left than others, its best one stands in for the rest.
-                best = torch.where(ordered > (1 + stage.margin) * ordered[0], best[0], best)
+                best = groups.argsort(dim=0, stable=True)[: stage.keep]
+                best = candidates.gather(0, best)
                 # Without a gradient on the sample a group keeps its choice for now.
-                best = torch.where(groups.amax(0) <= groups.amin(0), current, best)
-                more = (best != best[0]).flatten(1).any(1)
-                more[0] = True
-                candidates = best[more]
+                candidates = torch.where(_indifferent(candidates, groups), current, best)
                 if turn == 1 and stage is SCHEDULE[0]:
                     self._survivors[operand] = candidates
-        if len(candidates) == 1:
-            return candidates[0]
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])
         return self._decide(operand, candidates.sort(0).values)
@@ -490,8 +487,7 @@ class _Search:
         losses, groups = self._evaluate(problem, operand, candidates)
         best = groups.argmin(0, keepdim=True)
         choice = candidates.gather(0, best)[0]
-        if len(candidates) > 1:
-            choice = torch.where(groups.amax(0) <= groups.amin(0), current, choice)
+        choice = torch.where(_indifferent(candidates, groups), current, choice)
         # Groups do not interact: the loss of the mixed choice is known without evaluating it.
         mixed = losses.gather(0, best.expand(1, *losses.shape[1:]))[0]
         self._losses.setdefault(self._key(problem, operand, choice), mixed)
