@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin import registry
 from ptq4vit_plugin.errors import ConfigError, ExportError, ModelError, PTQ4ViTError
-from ptq4vit_plugin.evaluation import logit_comparison
+from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import has_int8_dot
 from ptq4vit_plugin.integrations.nncf.capture import batches
-from ptq4vit_plugin.integrations.timm.images import preprocessing
+from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
 
 RANDOM_IMAGES = 8
 
@@ -65,6 +65,16 @@ class Exporter(ABC):
         ------
         CheckpointError
             The file is not what `write` wrote.
+        """
+
+    @abstractmethod
+    def preprocessing(self, path: Path) -> Preprocessing:
+        """What the images of a written model need, and the names of its classes.
+
+        Raises
+        ------
+        CheckpointError
+            As `read`.
         """
 
     def read_in_float(self, path: Path) -> Callable[[Tensor], Tensor] | None:
@@ -196,6 +206,24 @@ def export(
     )
 
 
+def exporter_of(path: Path) -> Exporter:
+    """The exporter whose files have the suffix of a path.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    suffixes = {}
+    for entry in registry.entries("exporters"):
+        family = registry.load("exporters", entry.name)
+        if family.suffix == path.suffix:
+            return family()
+        suffixes[entry.name] = family.suffix
+    allowed = ", ".join(f"{suffix} ({name})" for name, suffix in suffixes.items())
+    raise ConfigError(f"'{path}' has no suffix of an exported model; allowed: {allowed}")
+
+
 def _images(model: nn.Module, example_input: Any) -> list[Tensor]:
     if example_input is None:
         size = preprocessing(model).input_size
@@ -216,7 +244,8 @@ def _compare(
     logits, reference = (torch.cat(side) for side in zip(*pairs, strict=True))
     if logits.shape != reference.shape or not torch.isfinite(logits).all():
         return 0.0, -math.inf
-    return logit_comparison(logits, reference)
+    agreement = (logits.argmax(1) == reference.argmax(1)).double().mean().item()
+    return 100 * agreement, logit_sqnr(reference, logits)
 
 
 def _parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -13,7 +13,7 @@ from ptq4vit_plugin import config as configs
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.errors import ConfigError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.integrations.nncf.capture import batches, taken_by_the_model
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 from ptq4vit_plugin.plan import Plan
 
@@ -51,8 +51,9 @@ def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq
     steps = configs.compression(compression)
     data = batches(calibration_dataset)
     model = copy.deepcopy(model).eval()
-    unfuse_attention(model)
     wrapper = hooks.with_graph(model, data[0].to(model).example)
+    with taken_by_the_model(data[0]):
+        wrapper.get_graph()
     pipeline = Pipeline([[algorithm(dataset=data, **fields)] for algorithm, fields in steps])
     result = pipeline.run(wrapper, nncf.Dataset([batch.to(model).example for batch in data]))
     return hooks.unwrap(result)
@@ -81,4 +82,6 @@ def plan(model: nn.Module, example_input: Any, compression: Any = "ptq4vit") -> 
     batch = batches([example_input])[0]
     model = copy.deepcopy(model).eval()
     unfuse_attention(model)
-    return searches[-1].plan(model, hooks.trace(model, batch.to(model).example), len(batch))[0]
+    with taken_by_the_model(batch):
+        graph = hooks.trace(model, batch.to(model).example)
+    return searches[-1].plan(model, graph, len(batch))[0]

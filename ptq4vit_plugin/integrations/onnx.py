@@ -54,7 +54,9 @@ class ONNXExporter(Exporter):
                 )
             except torch.onnx.errors.OnnxExporterError as error:
                 detail = " ".join(str(error).split())[:300]
-                raise ExportError(f"export: torch cannot write this model as ONNX: {detail}") from error
+                raise ExportError(
+                    f"export: torch cannot write this model as ONNX: {detail}"
+                ) from error
         made = onnx.load(path)
         _keep_weights_as_codes(made.graph)
         for key, value in zip(KEYS, (BLANK, preprocessing(model).model_dump_json()), strict=True):
@@ -77,18 +79,11 @@ class ONNXExporter(Exporter):
         """Run every node by itself, so that no product is fused with its quantizers."""
         return _runner(path, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
 
-
-def read_preprocessing(path: Path) -> Preprocessing:
-    """The preprocessing that a file of `ONNXExporter` carries.
-
-    Raises
-    ------
-    CheckpointError
-        The file is damaged or foreign.
-    """
-    check_seal(path)
-    properties = {p.key: p.value for p in onnx.load(path).metadata_props}
-    return Preprocessing.model_validate_json(properties[KEYS[1]])
+    def preprocessing(self, path: Path) -> Preprocessing:
+        """From the file's metadata."""
+        check_seal(path)
+        properties = {p.key: p.value for p in onnx.load(path).metadata_props}
+        return Preprocessing.model_validate_json(properties[KEYS[1]])
 
 
 def _runner(path: Path, level: onnxruntime.GraphOptimizationLevel) -> Callable[[Tensor], Tensor]:
@@ -98,9 +93,7 @@ def _runner(path: Path, level: onnxruntime.GraphOptimizationLevel) -> Callable[[
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own exceptions have no common base
         raise CheckpointError(f"'{path}': ONNX Runtime cannot read it: {error}") from error
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -86,19 +86,10 @@ class OpenVINOExporter(Exporter):
         """Run the files without OpenVINO's low-precision transformations."""
         return _runner(path, {**EXACT, "LP_TRANSFORMS_MODE": "NO"})
 
-
-def read_preprocessing(path: Path) -> Preprocessing:
-    """The preprocessing that a file of `OpenVINOExporter` carries.
-
-    Raises
-    ------
-    CheckpointError
-        The files are damaged or foreign.
-    """
-    model = _read(path)
-    return Preprocessing.model_validate_json(
-        model.get_rt_info([SECTION, "preprocessing"]).astype(str)
-    )
+    def preprocessing(self, path: Path) -> Preprocessing:
+        """From the rt_info of the IR."""
+        info = _read(path).get_rt_info([SECTION, "preprocessing"])
+        return Preprocessing.model_validate_json(info.astype(str))
 
 
 def _read(path: Path) -> openvino.Model:
@@ -125,7 +116,9 @@ def _precisions(model: openvino.Model, ops: Sequence[QuantizedOp]) -> dict[str, 
     compiled = openvino.Core().compile_model(model, "CPU", EXACT)
     integer, floating = 0, []
     for node in compiled.get_runtime_model().get_ops():
-        info = {key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")}
+        info = {
+            key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")
+        }
         if info["layerType"] not in PRODUCTS:
             continue
         names = node.get_rt_info()["originalLayersNames"].astype(str)
@@ -137,8 +130,6 @@ def _precisions(model: openvino.Model, ops: Sequence[QuantizedOp]) -> dict[str, 
             floating.append(matching[0] if matching else names)
     return {
         "integer_products": integer,
-        "planned_products": sum(
-            len(op.grids[0]) * len(op.grids[1]) for op in ops if op.integer
-        ),
+        "planned_products": sum(len(op.grids[0]) * len(op.grids[1]) for op in ops if op.integer),
         "float_products": floating,
     }

@@ -22,9 +22,7 @@ from ptq4vit_plugin.quantizers.branches import Branch
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
 
 
-def qdq_model(
-    model: nn.Module, per_tensor: bool = False
-) -> tuple[ReplacedOps, list[QuantizedOp]]:
+def qdq_model(model: nn.Module, per_tensor: bool = False) -> tuple[ReplacedOps, list[QuantizedOp]]:
     """A copy, on the CPU, of a quantized model made of torch's own fake-quantize functions.
 
     Its ops are returned with it.

@@ -91,7 +91,7 @@ class Metadata(_Frozen):
     fused_attention: dict[str, bool] = {}
     nncf: dict[str, Any] | None = None
     ops: tuple[OpEntry, ...]
-    preprocessing: Preprocessing | None = None
+    preprocessing: Preprocessing
 
 
 class IntegerExporter(Exporter):
@@ -136,6 +136,10 @@ class IntegerExporter(Exporter):
     def read(self, path: Path, model: nn.Module | None = None) -> nn.Module:
         """See `load`."""
         return load(path, model)
+
+    def preprocessing(self, path: Path) -> Preprocessing:
+        """From the file's metadata."""
+        return read_metadata(path).preprocessing
 
 
 def load(path: Path, model: nn.Module | None = None) -> ReplacedOps:

@@ -108,6 +108,22 @@ def _transform_config(model: nn.Module) -> dict[str, Any]:
     return config | {"input_size": (channels, *size)}
 
 
+def open_image(path: Path) -> Image.Image:
+    """Decode one image file.
+
+    Raises
+    ------
+    DataError
+        It cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"'{path}' cannot be read as an image: {one_line(error)}") from error
+
+
 class Preprocessing(BaseModel):
     """What a model's images need, and its classes' names: travels with an exported model.
 
