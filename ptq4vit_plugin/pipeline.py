@@ -13,7 +13,7 @@ from ptq4vit_plugin import config as configs
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.errors import ConfigError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.integrations.nncf.capture import batches, taken_by_the_model
 from ptq4vit_plugin.integrations.nncf.prepare import bare, prepare
 from ptq4vit_plugin.plan import Plan
 
@@ -53,6 +53,8 @@ def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq
     model = copy.deepcopy(model).eval()
     prepare(model, data[0].to(model))
     wrapper = hooks.with_graph(model, data[0].to(model).example)
+    with taken_by_the_model(data[0]):
+        wrapper.get_graph()
     pipeline = Pipeline([[algorithm(dataset=data, **fields)] for algorithm, fields in steps])
     result = pipeline.run(wrapper, nncf.Dataset([batch.to(model).example for batch in data]))
     return hooks.unwrap(result)
@@ -81,4 +83,6 @@ def plan(model: nn.Module, example_input: Any, compression: Any = "ptq4vit") -> 
     model = copy.deepcopy(bare(model)).eval()
     batch = batches([example_input])[0].to(model)
     prepare(model, batch)
-    return searches[-1].plan(model, hooks.trace(model, batch.example), len(batch))[0]
+    with taken_by_the_model(batch):
+        graph = hooks.trace(model, batch.example)
+    return searches[-1].plan(model, graph, len(batch))[0]

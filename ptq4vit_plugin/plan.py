@@ -15,9 +15,10 @@ Granularity = Literal["tensor", "channel", "row_blocks", "head"]
 class Source:
     """Where an operand's numbers come from.
 
-    ``kind`` is ``weight``, ``constant`` (a factor of a matrix product that no image reaches), ``image`` (the model's input), ``softmax``, ``activation`` or the name
-    of an activation function; ``minimum_scale`` is c of x·sigmoid(c·x) for functions written that
-    way.
+    ``kind`` is ``weight``, ``constant`` (a factor of a matrix product that no image reaches),
+    ``image`` (the model's input), ``softmax``, ``activation`` or the name of an activation
+    function; ``minimum_scale`` is c of x·sigmoid(c·x) for functions written that way. A weight
+    without ``parameter`` is computed in forward, or a buffer.
     """
 
     kind: str

@@ -191,6 +191,7 @@ class ScaleSearch(BaseModel, Algorithm):
         for place, quantizer in quantizers.items():
             hooks.insert(module, *place, quantizer)
         fuse_attention(module, _without_products(switched, plan))
+        hooks.forget_graph(model)
         attach(
             module,
             QuantizationRecord(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vit_plugin.algorithms.gradient import Gradient, output_loss, probe_loss
-from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.errors import DataError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.integrations.nncf.hooks import watching
 from ptq4vit_plugin.plan import FoundOp
 
@@ -214,9 +215,18 @@ def run(model: nn.Module, batch: Batch, needs_grad: bool = False) -> Any:
             return value.detach().requires_grad_()
         return value
 
-    try:
+    with taken_by_the_model(batch):
         return model(*map(attach, batch.args), **{k: attach(v) for k, v in batch.kwargs.items()})
+
+
+@contextmanager
+def taken_by_the_model(batch: Batch) -> Iterator[None]:
+    """Turn what a model raises on images that it cannot take into a `DataError`."""
+    try:
+        yield
     except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, PTQ4ViTError):
+            raise
         shapes = [
             tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)
         ]

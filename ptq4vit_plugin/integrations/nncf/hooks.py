@@ -88,6 +88,12 @@ def inner_function(function: Callable) -> Callable | None:
     return get_handle_inner_function(function)
 
 
+def forget_graph(model: nn.Module | GraphModelWrapper) -> None:
+    """Make NNCF trace the model again when it is asked for its graph: the model has changed."""
+    if isinstance(model, GraphModelWrapper):
+        model.reset_graph()
+
+
 def unwrap(model: nn.Module | GraphModelWrapper) -> nn.Module:
     """The module inside NNCF's graph wrapper, or the module itself."""
     return model.model if isinstance(model, GraphModelWrapper) else model
