@@ -15,6 +15,7 @@ from ptq4vit_plugin.errors import ConfigError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches, taken_by_the_model
 from ptq4vit_plugin.integrations.nncf.prepare import bare, prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import Plan
 
 
@@ -51,7 +52,9 @@ def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq
     steps = configs.compression(compression)
     data = batches(calibration_dataset)
     model = copy.deepcopy(model).eval()
-    prepare(model, data[0].to(model))
+    # Without its calls taken apart NNCF cannot trace every model; each step decides on its own
+    # whether it needs attention unfused.
+    fuse_attention(model, prepare(model, data[0].to(model)))
     wrapper = hooks.with_graph(model, data[0].to(model).example)
     with taken_by_the_model(data[0]):
         wrapper.get_graph()
