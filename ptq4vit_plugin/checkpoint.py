@@ -20,6 +20,7 @@ from torch import nn
 from ptq4vit_plugin import registry
 from ptq4vit_plugin.errors import CheckpointError
 from ptq4vit_plugin.files import written_whole
+from ptq4vit_plugin.integrations.integer import checkpoint as integer
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
 from ptq4vit_plugin.integrations.nncf.prepare import bare
@@ -111,6 +112,8 @@ def save(
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Read a quantized model; its logits are bit for bit those of the model that was saved.
 
+    An integer checkpoint that `export` wrote is read into a model that computes with integers.
+
     Parameters
     ----------
     model
@@ -124,6 +127,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         module that is not allowed.
     """
     path = Path(path)
+    if integer.is_integer(path):
+        return integer.load(path, model)
     metadata = read_metadata(path)
     if model is None:
         if metadata.recipe is None:
