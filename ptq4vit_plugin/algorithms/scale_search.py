@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from math import prod
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 import psutil
@@ -25,9 +26,12 @@ from ptq4vit_plugin.algorithms.settings import Activations, Override, Twin, Weig
 from ptq4vit_plugin.algorithms.views import GemmView, view_of
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
 from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, batches, record
+from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.timm.attention import fuse_attention, unfuse_attention
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp, Op, Operand, Plan
 from ptq4vit_plugin.quantizers.base import OperandQuantizer, SearchRange
 from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord, attach
@@ -42,7 +46,8 @@ Metric = Literal[
 class ScaleSearch(BaseModel, Algorithm):
     """Choose every scale by searching for the one that disturbs the op's output least.
 
-    Lifecycle of `apply`: attention is unfused; ops are found on the NNCF graph; a plan gives each
+    Lifecycle of `apply`: attention is unfused; batch
+    normalization is folded into convolutions; ops are found on the NNCF graph; a plan gives each
     operand a quantizer; operands and gradients are recorded in as few forward/backward passes as
     fit the memory; the search runs op by op, always against the floating-point model; quantizers
     are inserted as NNCF hooks.
@@ -130,7 +135,8 @@ class ScaleSearch(BaseModel, Algorithm):
         ModelError
             There is nothing to quantize.
         """
-        found, left_out = find_ops(graph, batch_size)
+        buffers = {name for name, _ in model.named_buffers()}
+        found, left_out = find_ops(graph, batch_size, buffers)
         plan = make_plan(found, left_out, self)
         if not any(op.kind in ("linear", "matmul") for op in plan.ops):
             reasons = ", ".join(f"{op.name} ({op.reason})" for op in plan.left_out)
@@ -174,9 +180,12 @@ class ScaleSearch(BaseModel, Algorithm):
             name = type(self).__name__
             raise DataError(f"{name} needs calibration images: {name}(dataset, ...)")
         data = batches(source)
-        switched = unfuse_attention(module)
-        if switched:
-            graph = hooks.trace(module, data[0].to(module).example)
+        example = data[0].to(module)
+        before = is_decomposed(module)
+        switched = prepare(module, example)
+        if switched or is_decomposed(module) != before:
+            graph = hooks.trace(module, example.example)
+        fold_batch_norms(module, graph)
         plan, found = self.plan(module, graph, len(data[0]))
         quantizers, records = self._calibrate(module, data, plan, found)
         for place, quantizer in quantizers.items():
@@ -300,15 +309,18 @@ def _gemm(
         value = module.get_parameter(weight).detach().float()
         shared = quantizers.get((weight, None))
         right = [value if shared is None else shared(value)] * len(seen.inputs[0])
+    elif op.kind != "matmul":
+        right = seen.inputs[1][:1] * len(seen.inputs[0])  # computed from constants: always the same
     else:
         right = seen.inputs[1]
     pairs = [
         view.operands(a.float(), b.float()) for a, b in zip(seen.inputs[0], right, strict=True)
     ]
-    bias = view.bias(module.get_parameter(found.bias).detach().float()) if found.bias else None
+    batched = op.kind == "matmul"
+    bias = view.bias(attrgetter(found.bias)(module).detach().float()) if found.bias else None
     return Gemm(
         a=torch.cat([a for a, _ in pairs], view.batch_dim),
-        b=pairs[0][1].contiguous() if weight else torch.cat([b for _, b in pairs], view.batch_dim),
+        b=torch.cat([b for _, b in pairs], view.batch_dim) if batched else pairs[0][1].contiguous(),
         bias=bias,
         fisher=torch.cat([view.output(f) for f in seen.fisher], view.batch_dim)
         if seen.fisher

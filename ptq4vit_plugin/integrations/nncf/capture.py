@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4vit_plugin.algorithms.gradient import Gradient, probe_loss
+from ptq4vit_plugin.algorithms.gradient import Gradient, output_loss, probe_loss
 from ptq4vit_plugin.errors import DataError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.integrations.nncf.hooks import watching
 from ptq4vit_plugin.plan import FoundOp
@@ -31,7 +31,10 @@ class Batch:
 
     def to(self, model: nn.Module) -> Batch:
         """The batch, on the device of a model's parameters."""
-        device = next(model.parameters()).device
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            return self
+        device = parameter.device
 
         def move(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
@@ -167,6 +170,8 @@ def record(
         def see(y: Tensor) -> None:
             fisher = torch.zeros_like(y, dtype=torch.float32, requires_grad=False)
             recorded[name].fisher.append(fisher)
+            if not y.requires_grad:
+                return  # computed from constants: no image reaches it
             # A tensor hook, unlike torch.autograd.grad, still speaks of this value when the model
             # goes on to write into it in place (an in-place activation function, a residual added
             # in place).
@@ -178,22 +183,35 @@ def record(
         (op.name, port): keep_input(op.name, port)
         for op in ops
         for port, source in op.sources.items()
-        if source.parameter is None or op.kind == "matmul"
+        if source.parameter is None
     }
     outputs = {op.name: keep_squared_gradient(op.name) for op in ops} if gradient else {}
     with watching(model, inputs, outputs), _frozen(model):
         for batch in data:
             with torch.set_grad_enabled(gradient is not None):
-                result = _run(model, batch.to(model), needs_grad=gradient is not None)
+                result = run(model, batch.to(model), needs_grad=gradient is not None)
                 if gradient:
-                    _backward(_logits(result), gradient, generator, batch.labels)
+                    _backward(outputs_of(model, result), gradient, generator, batch.labels)
             progress()
     if gradient:
         _check(recorded)
     return recorded
 
 
-def _run(model: nn.Module, batch: Batch, needs_grad: bool) -> Any:
+def run(model: nn.Module, batch: Batch, needs_grad: bool = False) -> Any:
+    """The model's result for a batch that is on its device.
+
+    Parameters
+    ----------
+    needs_grad
+        Attach the images to the autograd graph.
+
+    Raises
+    ------
+    DataError
+        The model cannot take the images.
+    """
+
     def attach(value: Any) -> Any:
         # Parameters are frozen, so it is the images that make autograd follow the forward pass.
         if needs_grad and isinstance(value, Tensor) and value.is_floating_point():
@@ -221,23 +239,63 @@ def taken_by_the_model(batch: Batch) -> Iterator[None]:
         ) from error
 
 
-def _logits(result: Any) -> Tensor:
-    """The class scores among a model's outputs: the output itself, or the first of several."""
-    while isinstance(result, (tuple, list, dict)):
-        result = next(iter(result.values())) if isinstance(result, dict) else result[0]
-    return result if result.ndim == 2 else result.flatten(1)
+@dataclass
+class Outputs:
+    """What a model returns: class scores ``[B, classes]``, or tensors of any other meaning."""
+
+    tensors: list[Tensor]
+    are_logits: bool
+
+
+def outputs_of(model: nn.Module, result: Any) -> Outputs:
+    """Tell class scores from features.
+
+    ``logits`` in a mapping are class scores, and so is an output, or the first of several, of two
+    dimensions, unless the model says that it has no classes (``num_classes == 0``, as timm's do).
+
+    Raises
+    ------
+    ModelError
+        There is no floating-point tensor in the result.
+    """
+    if isinstance(result, Mapping) and isinstance(result.get("logits"), Tensor):
+        return Outputs([result["logits"]], are_logits=True)
+    tensors = list(_tensors(result))
+    if not tensors:
+        raise ModelError(f"the model returns no tensor but {type(result).__name__}")
+    if tensors[0].ndim == 2 and getattr(model, "num_classes", None) != 0:
+        return Outputs(tensors[:1], are_logits=True)
+    return Outputs(tensors, are_logits=False)
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        if result.is_floating_point():
+            yield result
+    elif isinstance(result, Mapping):
+        yield from _tensors(list(result.values()))
+    elif isinstance(result, (tuple, list)):
+        for value in result:
+            yield from _tensors(value)
 
 
 def _backward(
-    logits: Tensor, gradient: Gradient, generator: torch.Generator, labels: Tensor | None
+    outputs: Outputs, gradient: Gradient, generator: torch.Generator, labels: Tensor | None
 ) -> None:
+    if gradient.kind == "labels" and not outputs.are_logits:
+        raise DataError(
+            "gradient.kind is 'labels' but the model returns no class scores; use 'output'"
+        )
     if gradient.kind == "labels" and labels is None:
         raise DataError(
             "gradient.kind is 'labels' but the calibration data has none; give "
             "(images, labels) batches, or use 'fisher' or 'gauss_newton'"
         )
     for probe in range(gradient.probes):
-        loss = probe_loss(logits, gradient.kind, generator, labels)
+        if gradient.kind == "output" or not outputs.are_logits:
+            loss = output_loss(outputs.tensors, generator)
+        else:
+            loss = probe_loss(outputs.tensors[0], gradient.kind, generator, labels)
         loss.backward(retain_graph=probe + 1 < gradient.probes)
 
 

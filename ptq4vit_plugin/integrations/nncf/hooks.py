@@ -27,7 +27,7 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import (
     GraphModelWrapper,
     build_nncf_graph,
 )
-from nncf.torch.function_hook.wrapper import get_hook_storage, is_wrapped
+from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE, get_hook_storage, is_wrapped
 from torch import Tensor, nn
 
 
@@ -56,9 +56,41 @@ class _Tap(nn.Module):
         return x
 
 
+class _PassingStorage(HookStorage):
+    """NNCF's store of hooks for a model that is a container, such as `nn.Sequential`.
+
+    Such a model calls all its children in a row, so also this one, which NNCF adds as the last.
+    """
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 def wrap(model: nn.Module) -> nn.Module:
     """Let NNCF's hooks run in the model's forward; the model itself is returned."""
-    return wrap_model(model)
+    if not is_wrapped(model):
+        wrap_model(model)
+        if isinstance(model, (nn.Sequential, nn.ModuleDict, nn.ModuleList)):
+            setattr(model, ATR_HOOK_STORAGE, _PassingStorage())
+    return model
+
+
+def forward_of(model: nn.Module) -> Callable:
+    """A model's forward without NNCF's hooks."""
+    return model.forward.orig_forward if is_wrapped(model) else model.forward
+
+
+def set_forward(model: nn.Module, forward: Callable) -> None:
+    """Replace a model's forward; NNCF's hooks stay around it."""
+    if is_wrapped(model):
+        model.forward._orig_forward = forward
+    else:
+        model.forward = forward
+
+
+def inner_function(function: Callable) -> Callable | None:
+    """NNCF's copy of the body of a function whose inner calls Python cannot see otherwise."""
+    return get_handle_inner_function(function)
 
 
 def forget_graph(model: nn.Module | GraphModelWrapper) -> None:
