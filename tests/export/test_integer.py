@@ -199,6 +199,33 @@ def test_smooth_quants_factors_stay(float_model, batch, tmp_path):
     assert report.sqnr_db > 25
 
 
+class HiddenProducts(torch.nn.Module):
+    """Attention by one function that hides its products; no timm model."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = torch.nn.Linear(48, 48 * 3), torch.nn.Linear(48, 10)
+
+    def forward(self, x):
+        tokens = F.unfold(x, 4, stride=4).transpose(1, 2)
+        q, k, v = self.qkv(tokens).reshape(len(x), -1, 3, 2, 24).permute(2, 0, 3, 1, 4).unbind()
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(x.mean(1))
+
+
+def test_hidden_products_and_models_that_are_not_timms(tmp_path):
+    torch.manual_seed(0)
+    model, x = HiddenProducts().eval(), torch.randn(4, 3, 16, 16)
+    quantized = ptq.quantize(model, [x], {"algorithm": "ptq4vit", "search_range": {"n": 5}})
+    report = ptq.export(quantized, tmp_path / "model", example_input=x)
+    assert report.facts["integer_ops"] == 4
+    loaded = ptq.load(tmp_path / "model.safetensors", HiddenProducts())
+    with torch.no_grad():
+        assert logit_sqnr(quantized(x), loaded(x)) > 25
+    with pytest.raises(CheckpointError, match="model="):
+        ptq.load(tmp_path / "model.safetensors")
+
+
 def test_a_file_that_was_changed_or_cut_is_refused(quantized, batch, tmp_path):
     path = tmp_path / "model.safetensors"
     ptq.export(quantized("vit", 8), path, example_input=batch("vit"))

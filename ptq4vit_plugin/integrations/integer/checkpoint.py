@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,9 @@ from ptq4vit_plugin.integrations.integer.ops import (
     WeightedOp,
 )
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
+from ptq4vit_plugin.integrations.nncf.prepare import bare
 from ptq4vit_plugin.integrations.timm.attention import (
     fuse_attention,
     fused_attention,
@@ -89,6 +92,7 @@ class Metadata(_Frozen):
     seal: str = BLANK
     recipe: Recipe | None = None
     fused_attention: dict[str, bool] = {}
+    decomposed: bool = False
     nncf: dict[str, Any] | None = None
     ops: tuple[OpEntry, ...]
     preprocessing: Preprocessing
@@ -107,6 +111,7 @@ class IntegerExporter(Exporter):
 
     def __init__(self, packed: bool = True) -> None:
         self.packed = packed
+        self._architecture: nn.Module | None = None
 
     def write(self, model: nn.Module, path: Path, example: Tensor) -> dict[str, Any]:
         """Write the file; returns how many ops compute with integers."""
@@ -124,18 +129,21 @@ class IntegerExporter(Exporter):
         metadata = Metadata(
             recipe=recipe_of(model),
             fused_attention=fused_attention(model),
+            decomposed=is_decomposed(model),
             nncf=_remaining_hooks(made.model),
             ops=tuple(entries),
             preprocessing=preprocessing(model),
         )
+        # Without a recipe only this model itself knows how it is built.
+        self._architecture = None if metadata.recipe else _without_hooks(made.model)
         save_file(state, path, {KEY: metadata.model_dump_json()})
         seal(path)
         names = [op.name for op in found if op.integer]
         return {"integer_ops": len(names), "float_ops": [o.name for o in found if not o.integer]}
 
-    def read(self, path: Path, model: nn.Module | None = None) -> nn.Module:
+    def read(self, path: Path) -> nn.Module:
         """See `load`."""
-        return load(path, model)
+        return load(path, self._architecture)
 
     def preprocessing(self, path: Path) -> Preprocessing:
         """From the file's metadata."""
@@ -165,10 +173,14 @@ def load(path: Path, model: nn.Module | None = None) -> ReplacedOps:
                 f"'{path}' does not say how its model is built; give load(path, model=...)"
             )
         model = create(metadata.recipe)
+    model = bare(model)
     try:
         unfuse_attention(model)
         fuse_attention(model, (name for name, fused in metadata.fused_attention.items() if fused))
+        if metadata.decomposed and not is_decomposed(model):
+            decompose(model)
         if metadata.nncf is not None:
+            hooks.wrap(model)
             model = nncf.torch.load_from_config(model, metadata.nncf, allowed_modules=("nncf.*",))
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
@@ -244,6 +256,13 @@ def _state(model: ReplacedOps) -> dict[str, Tensor]:
     rest = {f"model.{key}": tensor for key, tensor in model.model.state_dict().items()}
     # Clones: parameters that share memory are allowed in a model and not in the file.
     return {key: tensor.clone() for key, tensor in (rest | ops).items()}
+
+
+def _without_hooks(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for hook in list(hooks.hooks(model)):
+        hooks.take(model, hook.op, hook.port if hook.when == "pre" else None)
+    return model
 
 
 def _remaining_hooks(model: nn.Module) -> dict[str, Any] | None:

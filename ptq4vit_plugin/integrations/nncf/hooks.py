@@ -181,9 +181,8 @@ class ReplacedOps(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        wrapped = is_wrapped(self.model)
-        storage = get_hook_storage(self.model) if wrapped else HookStorage()
-        forward = self.model.forward.orig_forward if wrapped else self.model.forward
+        storage = get_hook_storage(self.model) if is_wrapped(self.model) else HookStorage()
+        forward = forward_of(self.model)
         with _ReplacingMode(self.model, storage, self.named_ops()) as mode:
             args, kwargs = mode.process_model_inputs(args, kwargs)
             return mode.process_model_outputs(forward(*args, **kwargs))
