@@ -216,14 +216,31 @@ def quantized(model: nn.Module, images: Tensor) -> dict[str, Any]:
     metrics = ptq4vit_plugin.evaluate(result, [(images, labels)], model)
     with torch.no_grad():
         logits = result(images)
+    silent = hooks_that_do_not_run(result, images)
     with tempfile.TemporaryDirectory() as folder:
         path = ptq4vit_plugin.save(result, Path(folder) / "model.safetensors")
         again = ptq4vit_plugin.load(path, copy.deepcopy(model))
     with torch.no_grad():
         identical = torch.equal(again(images), logits)
+    if silent:
+        raise RuntimeError(f"{len(silent)} quantizers never run, for example {silent[0]}")
     figures = {"quantize_seconds": seconds, "sqnr_db": metrics.sqnr_db, "identical": identical}
     figures |= counted(model, images, record_of(result).plan)
     return figures | exported(model, result, images)
+
+
+def hooks_that_do_not_run(model: nn.Module, images: Tensor) -> list[str]:
+    """Ops and parameters whose quantizer is not called in a forward pass."""
+    silent = {hook.module: f"{hook.op} port {hook.port}" for hook in hooks.hooks(model)}
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: silent.pop(module, None) and None)
+        for module in list(silent)
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return list(silent.values())
 
 
 def counted(model: nn.Module, images: Tensor, plan: Plan) -> dict[str, Any]:

@@ -28,9 +28,15 @@ SMALL = {
     ),
     "convolutions, batch norms, relative position": ("test_coatnet", 64, dict(img_size=64)),
     "linear attention without softmax": ("efficientvit_b0", 64, {}),
+    "modules called past their parents": (
+        "twins_svt_small",
+        64,
+        dict(img_size=64, depths=(1, 1, 1, 2), embed_dims=(8, 16, 16, 32), num_heads=(1, 2, 2, 4)),
+    ),
     "parameters joined in a tuple": ("beit_base_patch16_224", 32, dict(img_size=32, depth=1)),
 }
 QUANTIZED = (
+    "modules called past their parents",
     "convolutions, batch norms, relative position",
     "linear attention without softmax",
     "windows, cosine attention, computed bias",
@@ -102,5 +108,11 @@ def test_quantized_saved_and_loaded(kind, tmp_path):
         assert torch.equal(again(images), logits)
         # 8 bits: noise well below the logits' own spread.
         assert (logits - model(images)).square().mean() < 0.01 * logits.var()
+    called = set()
+    for hook in hooks.hooks(result):
+        hook.module.register_forward_pre_hook(lambda module, _: called.add(module))
+    with torch.no_grad():
+        result(images)
+    assert called == {hook.module for hook in hooks.hooks(result)}
     operands = [o for op in record_of(result).plan.ops for o in op.operands]
     assert all(o.quantizer for o in operands)

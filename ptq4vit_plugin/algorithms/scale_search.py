@@ -190,7 +190,7 @@ class ScaleSearch(BaseModel, Algorithm):
         quantizers, records = self._calibrate(module, data, plan, found)
         for place, quantizer in quantizers.items():
             hooks.insert(module, *place, quantizer)
-        fuse_attention(module, _without_products(switched, plan))
+        fuse_attention(module, _without_products(module, switched, plan))
         hooks.forget_graph(model)
         attach(
             module,
@@ -349,9 +349,14 @@ def _groups(
         yield group
 
 
-def _without_products(names: Sequence[str], plan: Plan) -> list[str]:
+def _without_products(module: nn.Module, names: Sequence[str], plan: Plan) -> list[str]:
     """Of the attention modules that were unfused, those in which no product is quantized."""
-    quantized = [op.name.split("/") for op in plan.ops if op.kind == "matmul"]
+    quantized = [op.name.split("/")[:-2] for op in plan.ops if op.kind == "matmul"]
+    modules = {name for name, _ in module.named_modules()}
+    if any(".".join(path) not in modules for path in quantized):
+        # Where a model calls modules past their parents, NNCF's names give a part of the path, and
+        # nobody can tell which module an op is in.
+        return []
     return [
         name
         for name in names
