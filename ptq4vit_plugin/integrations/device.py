@@ -26,3 +26,15 @@ def needs_padded_int8(device: torch.device) -> bool:
 def available_devices() -> list[str]:
     """Names of the kinds of device that this machine has, for tests and benchmarks."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def accelerators() -> list[tuple[torch.device, str]]:
+    """Every CUDA device and its name."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [(torch.device("cuda", n), torch.cuda.get_device_name(n)) for n in range(count)]
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when everything that was started on a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
