@@ -1,5 +1,8 @@
 """What the device under a tensor can do. The only place that names a kind of device."""
 
+import sys
+
+import psutil
 import torch
 
 
@@ -26,3 +29,15 @@ def needs_padded_int8(device: torch.device) -> bool:
 def available_devices() -> list[str]:
     """Names of the kinds of device that this machine has, for tests and benchmarks."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: on a GPU, the tensors; else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
