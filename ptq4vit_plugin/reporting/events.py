@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -26,6 +27,8 @@ def event(name: str, /, **fields: Any) -> None:
 def json_lines(stream: TextIO) -> Iterator[None]:
     """Write one JSON object per event and line while the context lasts: ``event``, ``time`` (UTC,
     ISO 8601) and the event's fields.
+
+    What NNCF logs goes to standard error meanwhile; it would go to standard output.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_JSONFormatter())
@@ -33,9 +36,14 @@ def json_lines(stream: TextIO) -> Iterator[None]:
     _LOG.addHandler(handler)
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False
+    others = [h for h in logging.getLogger("nncf").handlers if hasattr(h, "setStream")]
+    streams = [other.setStream(sys.stderr) for other in others]
     try:
         yield
     finally:
+        for other, before in zip(others, streams, strict=True):
+            if before is not None:  # None: it was standard error already
+                other.setStream(before)
         _LOG.removeHandler(handler)
         _LOG.setLevel(level)
         _LOG.propagate = propagate
