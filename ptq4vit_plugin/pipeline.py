@@ -12,10 +12,11 @@ from torch import nn
 
 from ptq4vit_plugin import config as configs
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
-from ptq4vit_plugin.errors import ConfigError, ModelError
+from ptq4vit_plugin.errors import ConfigError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches, taken_by_the_model
-from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.integrations.nncf.prepare import bare, prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import Plan
 
 
@@ -31,6 +32,7 @@ def quantize(
     ----------
     model
         A timm transformer, or any model made of linears, convolutions and attention, on any device.
+        Of a compiled or data-parallel model the one inside is quantized.
     calibration_dataset
         An ``nncf.Dataset``, or any iterable of image batches ``[B, C, H, W]`` or (images, labels)
         pairs. The paper uses 32 training images with the model's own test transform.
@@ -60,11 +62,13 @@ def quantize(
     ModelError
         The model has nothing to quantize.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: {type(model).__name__} is not a torch.nn.Module")
+    model = bare(model)
     steps = configs.compression(compression)
     data = batches(calibration_dataset)
     model = copy.deepcopy(model).eval()
+    # Without its calls taken apart NNCF cannot trace every model; each step decides on its own
+    # whether it needs attention unfused.
+    fuse_attention(model, prepare(model, data[0].to(model)))
     wrapper = hooks.with_graph(model, data[0].to(model).example)
     with taken_by_the_model(data[0]):
         wrapper.get_graph()
@@ -97,9 +101,9 @@ def plan(model: nn.Module, example_input: Any, compression: Any = "ptq4vit") -> 
     ]
     if not searches:
         raise ConfigError("compression: no step of it searches scales, so there is no plan to show")
-    batch = batches([example_input])[0]
-    model = copy.deepcopy(model).eval()
-    unfuse_attention(model)
+    model = copy.deepcopy(bare(model)).eval()
+    batch = batches([example_input])[0].to(model)
+    prepare(model, batch)
     with taken_by_the_model(batch):
-        graph = hooks.trace(model, batch.to(model).example)
+        graph = hooks.trace(model, batch.example)
     return searches[-1].plan(model, graph, len(batch))[0]

@@ -25,7 +25,9 @@ class Gradient(BaseModel):
         ``fisher``: cross-entropy against labels sampled from the model's own softmax (Monte-Carlo
         Fisher). ``gauss_newton``: a random probe at the logits with covariance ``diag(p) − p pᵀ``.
         ``labels``: cross-entropy against the true labels of the calibration images (empirical
-        Fisher).
+        Fisher). ``output``: a random probe of unit covariance at the output, the Gauss-Newton
+        matrix of the output's squared distance; models that return no class scores (features,
+        feature maps) always get this one.
     probes
         Backward passes per batch; squared gradients are averaged. More probes, less noise.
     seed
@@ -34,7 +36,7 @@ class Gradient(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["fisher", "gauss_newton", "labels"] = "fisher"
+    kind: Literal["fisher", "gauss_newton", "labels", "output"] = "fisher"
     probes: int = Field(default=1, ge=1)
     seed: int = 0
 
@@ -59,6 +61,30 @@ def generators(seed: int, first: int, images: int) -> list[torch.Generator]:
     ]
 
 
+def output_loss(outputs: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+    """A scalar whose squared gradient estimates the curvature of ``Σ |output|²`` distances.
+
+    With ``v`` of unit covariance, the squared gradient of ``⟨v, output⟩`` has the diagonal of
+    ``JᵀJ`` as its expectation: the Gauss-Newton matrix of half the squared distance.
+
+    Parameters
+    ----------
+    outputs
+        Of any shapes, attached to the graph; the distance is summed over all of them.
+    generators
+        One per image, on the CPU, so that every device draws the same numbers.
+    """
+    loss = torch.zeros(())
+    for output in outputs:
+        if len(output) == len(generators):
+            v = torch.stack([torch.randn(output.shape[1:], generator=g) for g in generators])
+        else:  # not an entry per image
+            v = torch.randn(output.shape, generator=generators[0])
+        v = v.to(output.device)
+        loss = loss.to(output.device) + (output.float() * v).sum()
+    return loss
+
+
 def probe_loss(
     logits: Tensor,
     kind: str,
@@ -72,7 +98,7 @@ def probe_loss(
     logits
         ``[B, classes]``, attached to the graph.
     kind
-        See `Gradient`.
+        See `Gradient`; not ``output``, which is `output_loss`.
     generators
         One per image, on the CPU, so that every device draws the same numbers.
     labels

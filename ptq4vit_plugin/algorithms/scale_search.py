@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,9 +30,12 @@ from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations import distributed
 from ptq4vit_plugin.integrations.device import peak_memory
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
 from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, batches, record
+from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.timm.attention import fuse_attention, unfuse_attention
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp, Op, Operand, Plan
 from ptq4vit_plugin.quantizers.base import OperandQuantizer, SearchRange
 from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord, attach
@@ -47,7 +51,8 @@ Metric = Literal[
 class ScaleSearch(BaseModel, Algorithm):
     """Choose every scale by searching for the one that disturbs the op's output least.
 
-    Lifecycle of `apply`: attention is unfused; ops are found on the NNCF graph; a plan gives each
+    Lifecycle of `apply`: attention is unfused; batch
+    normalization is folded into convolutions; ops are found on the NNCF graph; a plan gives each
     operand a quantizer; operands and gradients are recorded in as few forward/backward passes as
     fit the memory; the search runs op by op, always against the floating-point model; quantizers
     are inserted as NNCF hooks.
@@ -141,7 +146,8 @@ class ScaleSearch(BaseModel, Algorithm):
         ModelError
             There is nothing to quantize.
         """
-        found, left_out = find_ops(graph, batch_size)
+        buffers = {name for name, _ in model.named_buffers()}
+        found, left_out = find_ops(graph, batch_size, buffers)
         plan = make_plan(found, left_out, self)
         if not any(op.kind in ("linear", "matmul") for op in plan.ops):
             reasons = ", ".join(f"{op.name} ({op.reason})" for op in plan.left_out)
@@ -185,9 +191,12 @@ class ScaleSearch(BaseModel, Algorithm):
             name = type(self).__name__
             raise DataError(f"{name} needs calibration images: {name}(dataset, ...)")
         data = batches(source)
-        switched = unfuse_attention(module)
-        if switched:
-            graph = hooks.trace(module, data[0].to(module).example)
+        example = data[0].to(module)
+        before = is_decomposed(module)
+        switched = prepare(module, example)
+        if switched or is_decomposed(module) != before:
+            graph = hooks.trace(module, example.example)
+        fold_batch_norms(module, graph)
         plan, found = self.plan(module, graph, len(data[0]))
         quantizers, records, passes = self._calibrate(module, data, plan, found)
         for place, quantizer in quantizers.items():
@@ -373,12 +382,15 @@ def _gemm(
         value = module.get_parameter(weight).detach().float()
         shared = quantizers.get((weight, None))
         right = [value if shared is None else shared(value)] * len(seen.inputs[0])
+    elif op.kind != "matmul":
+        right = seen.inputs[1][:1] * len(seen.inputs[0])  # computed from constants: always the same
     else:
         right = seen.inputs[1]
     pairs = [
         view.operands(a.float(), b.float()) for a, b in zip(seen.inputs[0], right, strict=True)
     ]
-    bias = view.bias(module.get_parameter(found.bias).detach().float()) if found.bias else None
+    batched = op.kind == "matmul"
+    bias = view.bias(attrgetter(found.bias)(module).detach().float()) if found.bias else None
     del right
     seen.inputs.clear()
     a, b = ([pair[port] for pair in pairs] for port in (0, 1))
@@ -387,7 +399,7 @@ def _gemm(
     seen.fisher.clear()
     return Gemm(
         a=_whole(a, view.batch_dim),
-        b=b[0].contiguous() if weight else _whole(b, view.batch_dim),
+        b=_whole(b, view.batch_dim) if batched else b[0].contiguous(),
         bias=bias,
         fisher=_whole(fisher, view.batch_dim) if fisher else None,
     )

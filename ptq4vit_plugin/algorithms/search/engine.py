@@ -6,9 +6,10 @@ interact, so candidate i is evaluated for all of them in one pass.
 
 `exhaustive` evaluates every candidate on all data. `fast` is successive halving: all candidates on
 a small sample of rows, the best few of every group on a larger one, the last survivors on all data
-(`SCHEDULE`). A row is drawn with a probability proportional to its share of the gradient's energy
-and of the start scales' loss. Both are very uneven, and differ between output columns (those of q,
-k, v; of each head), so that a weight's columns draw their own rows in blocks of up to 32.
+(`SCHEDULE`). For an error metric, a row is drawn with a probability proportional to its share of
+the gradient's energy and of the loss at the start scales and at two clipping ones. Both are very
+uneven, and differ between output columns (those of q, k, v; of each head), so that a weight's
+columns draw their own rows in blocks of up to 32.
 
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
 evaluated twice; an operand is not searched again while the other's choice stands; survivors are
@@ -70,6 +71,8 @@ class Stage:
 #: the second (the first one had to work with the other operand's start scale) begin with all
 #: candidates, later rounds with those that survived the first stage in the second round.
 SCHEDULE = (Stage(1 / 64, 128, 16), Stage(1 / 12, 512, 3))
+#: The same for angle metrics, which have no gradient to tell which rows matter.
+ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows.
 PROBES = (0.25, 0.5)
 #: Widest block of output columns that draws its own sample of rows.
@@ -291,6 +294,7 @@ class _Problem:
             self,
             a=self.a[:, :, index],
             output=self.output[:, :, index],
+            images=1,  # an image's few positions make a poor angle: take them all together
             cost=self.cost * len(index) / rows,
             fixed={},
         )
@@ -465,12 +469,13 @@ class _Search:
         return self._decide(operand, self._candidates(operand))
 
     def fast(self, operand: str, turn: int) -> Tensor:
-        """The same by successive halving (see `SCHEDULE`) in round `turn`, from 0."""
+        """The same by successive halving (see `SCHEDULE`), in round `turn`, from 0."""
         current = self.index[operand]
         assert current is not None
         candidates = self._survivors.get(operand, self._candidates(operand))
         skip = 1 if operand in self._survivors else 0
-        for stage in SCHEDULE[skip:]:
+        schedule = ANGLE_SCHEDULE if is_angle(self.problem.metric) else SCHEDULE
+        for stage in schedule[skip:]:
             sample = self._sample(stage, operand)
             if sample is not None and len(candidates) > stage.keep:
                 _, groups = self._evaluate(sample, operand, candidates)
@@ -478,7 +483,7 @@ class _Search:
                 best = candidates.gather(0, best)
                 # Without a gradient on the sample a group keeps its choice for now.
                 candidates = torch.where(_indifferent(candidates, groups), current, best)
-                if turn == 1 and stage is SCHEDULE[0]:
+                if turn == 1 and stage is schedule[0]:
                     self._survivors[operand] = candidates
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4vit_plugin.algorithms.gradient import Gradient, generators, probe_loss
+from ptq4vit_plugin.algorithms.gradient import Gradient, generators, output_loss, probe_loss
 from ptq4vit_plugin.errors import DataError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.integrations.nncf.hooks import watching
 from ptq4vit_plugin.plan import FoundOp
@@ -198,17 +198,16 @@ def record(
         (op.name, port): keep_input(op.name, port)
         for op in ops
         for port, source in op.sources.items()
-        if source.parameter is None or op.kind == "matmul"
+        if source.parameter is None
     }
     outputs = {op.name: keep_squared_gradient(op.name) for op in ops} if gradient else {}
     with watching(model, inputs, outputs), _frozen(model):
         for batch in data:
-            with torch.set_grad_enabled(gradient is not None), taken_by_the_model(batch):
-                on_device = batch.to(model)
-                result = model(*on_device.args, **on_device.kwargs)
+            with torch.set_grad_enabled(gradient is not None):
+                result = run(model, batch.to(model))
             kept.forget()
             if gradient:
-                _backward(_logits(result), gradient, batch)
+                _backward(outputs_of(model, result), gradient, batch)
             progress()
     for name, seen in recorded.items():
         if not all(value.isfinite().all() for value in seen.fisher):
@@ -216,6 +215,18 @@ def record(
                 f"the gradient at {name} is not finite; check the model's weights and the images"
             )
     return recorded
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """The model's result for a batch that is on its device.
+
+    Raises
+    ------
+    DataError
+        The model cannot take the images.
+    """
+    with taken_by_the_model(batch):
+        return model(*batch.args, **batch.kwargs)
 
 
 class _Copies:
@@ -256,24 +267,64 @@ def taken_by_the_model(batch: Batch) -> Iterator[None]:
         ) from error
 
 
-def _logits(result: Any) -> Tensor:
-    """The class scores among a model's outputs: the output itself, or the first of several."""
-    while isinstance(result, (tuple, list, dict)):
-        result = next(iter(result.values())) if isinstance(result, dict) else result[0]
-    return result if result.ndim == 2 else result.flatten(1)
+@dataclass
+class Outputs:
+    """What a model returns: class scores ``[B, classes]``, or tensors of any other meaning."""
+
+    tensors: list[Tensor]
+    are_logits: bool
 
 
-def _backward(logits: Tensor, gradient: Gradient, batch: Batch) -> None:
+def outputs_of(model: nn.Module, result: Any) -> Outputs:
+    """Tell class scores from features.
+
+    ``logits`` in a mapping are class scores, and so is an output, or the first of several, of two
+    dimensions, unless the model says that it has no classes (``num_classes == 0``, as timm's do).
+
+    Raises
+    ------
+    ModelError
+        There is no floating-point tensor in the result.
+    """
+    if isinstance(result, Mapping) and isinstance(result.get("logits"), Tensor):
+        return Outputs([result["logits"]], are_logits=True)
+    tensors = list(_tensors(result))
+    if not tensors:
+        raise ModelError(f"the model returns no tensor but {type(result).__name__}")
+    if tensors[0].ndim == 2 and getattr(model, "num_classes", None) != 0:
+        return Outputs(tensors[:1], are_logits=True)
+    return Outputs(tensors, are_logits=False)
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        if result.is_floating_point():
+            yield result
+    elif isinstance(result, Mapping):
+        yield from _tensors(list(result.values()))
+    elif isinstance(result, (tuple, list)):
+        for value in result:
+            yield from _tensors(value)
+
+
+def _backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
+    if gradient.kind == "labels" and not outputs.are_logits:
+        raise DataError(
+            "gradient.kind is 'labels' but the model returns no class scores; use 'output'"
+        )
     if gradient.kind == "labels" and batch.labels is None:
         raise DataError(
             "gradient.kind is 'labels' but the calibration data has none; give "
             "(images, labels) batches, or use 'fisher' or 'gauss_newton'"
         )
-    if not logits.requires_grad:  # it depends on no op that is recorded
-        return
-    random = generators(gradient.seed, batch.first, len(logits))
+    if not any(output.requires_grad for output in outputs.tensors):
+        return  # they depend on no op that is recorded
+    random = generators(gradient.seed, batch.first, len(outputs.tensors[0]))
     for probe in range(gradient.probes):
-        loss = probe_loss(logits, gradient.kind, random, batch.labels)
+        if gradient.kind == "output" or not outputs.are_logits:
+            loss = output_loss(outputs.tensors, random)
+        else:
+            loss = probe_loss(outputs.tensors[0], gradient.kind, random, batch.labels)
         loss.backward(retain_graph=probe + 1 < gradient.probes)
 
 
