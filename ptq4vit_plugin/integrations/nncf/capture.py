@@ -36,7 +36,10 @@ class Batch:
 
     def to(self, model: nn.Module) -> Batch:
         """The batch, on the device of a model's parameters."""
-        device = next(model.parameters()).device
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            return self
+        device = parameter.device
 
         def move(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
