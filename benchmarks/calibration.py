@@ -129,6 +129,8 @@ def literal_seconds(model, images, ops, bits, forward_backward, tries):
 
 def build(args, **extra):
     torch.manual_seed(0)
+    if getattr(args, "depth", None):
+        extra["depth"] = args.depth
     model = timm.create_model(args.model, **extra).eval()
     if args.weights:
         model.load_state_dict(load_file(args.weights))
@@ -184,6 +186,7 @@ def cost(args):
     one_pass, with_weights = forward_backward_seconds(model, images)
     result = {
         "model": args.model,
+        "depth": args.depth,
         "images": args.images,
         "bits": args.bits,
         "threads": torch.get_num_threads(),
@@ -221,6 +224,23 @@ def cost(args):
         )
         result |= {"literal_seconds": literal, "literal_kinds": kinds, "ratio": literal / seconds}
     keep("cost", result)
+
+
+def memory(args):
+    """Peak memory of a calibration; few candidates, which take as much memory as many."""
+    model = build(args)
+    fields = {"search_range": {"n": args.candidates}, "rounds": 1}
+    found, seconds = calibrate(model, noise(model, args.images), bits=8, **fields)
+    keep(
+        "memory",
+        {
+            "model": args.model,
+            "images": args.images,
+            "passes": found.passes,
+            "peak_gib": found.peak_memory / 2**30,
+            "seconds": seconds,
+        },
+    )
 
 
 def gap(args):
@@ -321,13 +341,16 @@ def keep(part, result):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(required=True)
-    for run in (cost, gap):
+    for run in (cost, memory, gap):
         part = parts.add_parser(run.__name__, help=run.__doc__)
         part.add_argument("model")
-        part.add_argument("--images", type=int, default=32 if run is cost else 4)
+        part.add_argument("--images", type=int, default=4 if run is gap else 32)
         part.add_argument("--bits", type=int, default=8)
         part.add_argument("--weights", help="a .safetensors checkpoint")
+        part.add_argument("--depth", type=int, help="blocks, when not all of the model's")
         part.set_defaults(run=run)
+        if run is memory:
+            part.add_argument("--candidates", type=int, default=4)
         if run is cost:
             part.add_argument("--tries", type=int, default=3, help="candidates timed per operand")
             part.add_argument("--no-literal", dest="literal", action="store_false")

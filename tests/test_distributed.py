@@ -26,7 +26,8 @@ def run(tmp_path, monkeypatch):
 
     def run(ranks, **compression):
         content = yaml.safe_load((ROOT / "examples" / "digits" / "ptq4vit.yaml").read_text())
-        content["compression"] = {"algorithm": "ptq4vit", "rounds": 1, **compression}
+        some = {"rounds": 1, "ignored_scopes": ["{re}blocks/[23]"], **compression}
+        content["compression"] = {"algorithm": "ptq4vit", **some}
         content["data"]["calibration"] = {"split": "train", "samples": 12, "batch_size": 4}
         content["data"]["evaluation"] = {"split": "val", "samples": 8}
         file, folder = tmp_path / "config.yaml", tmp_path / str(ranks)
@@ -44,7 +45,7 @@ def run(tmp_path, monkeypatch):
             )
             assert done.returncode == 0, done.stderr
             events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
-            assert events.count("written") == 1 and events.count("op") == 26
+            assert events.count("written") == 1 and events.count("op") == 14
         tensors = load_file(folder / "model.safetensors")
         ops = json.loads((folder / "results.json").read_text())["calibration"]["ops"]
         scales = {name: value for name, value in tensors.items() if name.startswith("__nncf")}
@@ -62,7 +63,7 @@ def test_two_processes_find_the_scales_of_one(run):
         if value.is_floating_point():
             same += int(torch.isclose(value, two[name], rtol=1e-6).sum())
             total += value.numel()
-    assert total > 1000 and same / total >= 0.995
+    assert total > 500 and same / total >= 0.995
     # Where a choice differs, the candidates tie within rounding.
     for name, value in objectives.items():
         assert objectives2[name] == pytest.approx(value, rel=1e-5)

@@ -28,7 +28,7 @@ from ptq4vit_plugin.algorithms.settings import Activations, Override, Twin, Weig
 from ptq4vit_plugin.algorithms.views import GemmView, view_of
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations import distributed
-from ptq4vit_plugin.integrations.device import peak_memory
+from ptq4vit_plugin.integrations.device import device_of, peak_memory
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
 from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, batches, record
@@ -213,7 +213,7 @@ class ScaleSearch(BaseModel, Algorithm):
                 images=sum(map(len, data)),
                 seconds=time.perf_counter() - started,
                 passes=passes,
-                peak_memory=peak_memory(next(module.parameters()).device),
+                peak_memory=peak_memory(device_of(module)),
             ),
         )
         return model
@@ -422,7 +422,7 @@ def _restored(
     finished: FinishedOps, plan: Plan, module: nn.Module
 ) -> tuple[list[OpRecord], dict[Place, nn.Module]]:
     """The ops at the beginning of the plan that an interrupted run has finished."""
-    device = next(module.parameters()).device
+    device = device_of(module)
     records, quantizers = [], {}
     for op in plan.ops:
         kept = finished.load(op.name)

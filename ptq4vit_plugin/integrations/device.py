@@ -4,6 +4,13 @@ import sys
 
 import psutil
 import torch
+from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter is; the CPU if it has none."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def has_int8_dot(device: torch.device) -> bool:
