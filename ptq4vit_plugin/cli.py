@@ -76,17 +76,23 @@ def quantize(
         typer.Option("--output", "-o", help="Folder for results, instead of the config's."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Print one JSON object per event and line instead.")
+    ] = False,
 ) -> None:
     """Calibrate, evaluate and save a quantized model.
 
-    Writes the checkpoint, the measurements and the resolved config into the output folder.
+    Writes the checkpoint, the measurements and the resolved config into the output folder. A run
+    that was interrupted continues when the command is repeated.
 
     Example: `ptq4vit quantize config.yaml --output runs/w6a6`
+
+    Several processes: `torchrun --nproc-per-node 2 -m ptq4vit_plugin quantize config.yaml`
     """
     from . import commands
     from .config import read
 
-    commands.quantize(read(config), output, quiet)
+    commands.quantize(read(config), output, quiet, log_json)
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from ptq4vit_plugin import checkpoint as checkpoints
+from ptq4vit_plugin.algorithms.finished import remove
 from ptq4vit_plugin.config import Config, parse
 from ptq4vit_plugin.data import calibration_images, loader, open_dataset
 from ptq4vit_plugin.errors import ConfigError
@@ -20,30 +23,59 @@ from ptq4vit_plugin.evaluation import evaluate as measure
 from ptq4vit_plugin.exporting import export as export_model
 from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.files import output_folder, written_whole
+from ptq4vit_plugin.integrations.distributed import process_group, rank
 from ptq4vit_plugin.integrations.timm.images import open_image
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.pipeline import plan as make_plan
 from ptq4vit_plugin.pipeline import quantize as quantize_model
 from ptq4vit_plugin.record import describe as describe_model
 from ptq4vit_plugin.record import record_of
-from ptq4vit_plugin.reporting.tables import export_table, metrics_table, plan_table, record_table
+from ptq4vit_plugin.reporting.events import event, json_lines
+from ptq4vit_plugin.reporting.tables import (
+    cost_line,
+    export_table,
+    metrics_table,
+    plan_table,
+    record_table,
+)
 
 CHECKPOINT = "model.safetensors"
+FINISHED = "finished-ops"  # folder
 
 
-def quantize(config: Config, output: Path | None, quiet: bool) -> None:
-    """Calibrate, evaluate and save; writes checkpoint, ``results.json`` and ``config.yaml``."""
-    folder = output_folder(output or config.output)
-    model = float_model(config)
-    quantized = quantize_model(model, calibration(config, model), config)
-    metrics = evaluate_with(config, quantized, model, progress=not quiet)
-    path = checkpoints.save(quantized, folder / CHECKPOINT, extra={"config": config.dump()})
-    write_text(folder / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False))
-    write_text(folder / "results.json", json.dumps(_results(quantized, metrics, path), indent=2))
-    if not quiet:
-        console = Console()
-        console.print(metrics_table(metrics))
-        console.print(f"written: {folder}/{CHECKPOINT}, results.json, config.yaml")
+def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = False) -> None:
+    """Calibrate, evaluate and save; writes checkpoint, ``results.json`` and ``config.yaml``.
+
+    Finished ops are kept in the output folder until then, so that the same command continues a run
+    that was killed. Under torchrun all processes calibrate, and the first does the rest.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(process_group())
+        first = rank() == 0
+        if log_json and first:
+            stack.enter_context(json_lines(sys.stdout))
+        folder = output_folder(output or config.output)
+        model = float_model(config)
+        finished = folder / FINISHED
+        quantized = quantize_model(model, calibration(config, model), config, resume=finished)
+        if not first:
+            return
+        silent = quiet or log_json
+        metrics = evaluate_with(config, quantized, model, progress=not silent)
+        event("evaluated", **json.loads(metrics.model_dump_json()))
+        path = checkpoints.save(quantized, folder / CHECKPOINT, extra={"config": config.dump()})
+        write_text(folder / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False))
+        results = _results(quantized, metrics, path)
+        write_text(folder / "results.json", json.dumps(results, indent=2))
+        remove(finished)
+        event("written", folder=str(folder), files=[CHECKPOINT, "results.json", "config.yaml"])
+        if not silent:
+            console = Console()
+            console.print(metrics_table(metrics))
+            record = record_of(quantized)
+            if record is not None:
+                console.print(cost_line(record))
+            console.print(f"written: {folder}/{CHECKPOINT}, results.json, config.yaml")
 
 
 def evaluate(checkpoint: Path, config: Config | None) -> None:

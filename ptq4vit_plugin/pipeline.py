@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import nncf
@@ -19,7 +20,12 @@ from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import Plan
 
 
-def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq4vit") -> nn.Module:
+def quantize(
+    model: nn.Module,
+    calibration_dataset: Any,
+    compression: Any = "ptq4vit",
+    resume: Path | None = None,
+) -> nn.Module:
     """Quantize a model; the model that is given stays as it is.
 
     Parameters
@@ -33,11 +39,19 @@ def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq
     compression
         A registered algorithm's name, a mapping ``{"algorithm": ..., fields}``, a list of these
         (steps of one NNCF pipeline), or a `config.Config`.
+    resume
+        Folder in which finished ops are kept. A call that was interrupted goes on from there when
+        it is repeated with the same arguments. The caller removes it.
 
     Returns
     -------
     nn.Module
         An ordinary NNCF-compressed model in evaluation mode.
+
+    Notes
+    -----
+    When torch.distributed is running, every process gives the same arguments, calibrates with its
+    share of the batches, and gets the same scales.
 
     Raises
     ------
@@ -58,7 +72,11 @@ def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq
     wrapper = hooks.with_graph(model, data[0].to(model).example)
     with taken_by_the_model(data[0]):
         wrapper.get_graph()
-    pipeline = Pipeline([[algorithm(dataset=data, **fields)] for algorithm, fields in steps])
+    made = [algorithm(dataset=data, **fields) for algorithm, fields in steps]
+    for algorithm in made:
+        if isinstance(algorithm, ScaleSearch):
+            algorithm.keep_finished_ops(resume)
+    pipeline = Pipeline([[algorithm] for algorithm in made])
     result = pipeline.run(wrapper, nncf.Dataset([batch.to(model).example for batch in data]))
     return hooks.unwrap(result)
 

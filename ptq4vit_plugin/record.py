@@ -49,7 +49,16 @@ class OpRecord(_Frozen):
 
 
 class QuantizationRecord(_Frozen):
-    """One run of an algorithm on a model."""
+    """One run of an algorithm on a model.
+
+    Attributes
+    ----------
+    passes
+        How often the calibration images went forward and backward; each pass records as many ops as
+        fit the memory budget.
+    peak_memory
+        Most bytes the process had held by the end of it; None in checkpoints of older releases.
+    """
 
     algorithm: str
     settings: dict[str, Any]
@@ -57,6 +66,8 @@ class QuantizationRecord(_Frozen):
     ops: tuple[OpRecord, ...]
     images: int
     seconds: float
+    passes: int = 1
+    peak_memory: int | None = None
 
 
 def attach(model: nn.Module, record: QuantizationRecord) -> None:

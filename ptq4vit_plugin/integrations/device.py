@@ -1,6 +1,16 @@
 """What the device under a tensor can do. The only place that names a kind of device."""
 
+import sys
+
+import psutil
 import torch
+from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter is; the CPU if it has none."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def has_int8_dot(device: torch.device) -> bool:
@@ -38,3 +48,15 @@ def wait_for(device: torch.device) -> None:
     """Return when everything that was started on a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: on a GPU, the tensors; else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
