@@ -1,5 +1,8 @@
 """What the device under a tensor can do. The only place that names a kind of device."""
 
+import os
+import sys
+
 import torch
 
 
@@ -21,6 +24,26 @@ def has_int8_dot(device: torch.device) -> bool:
 def needs_padded_int8(device: torch.device) -> bool:
     """Whether `torch._int_mm` accepts only some shapes (CUDA: M > 16, K and N multiples of 8)."""
     return device.type == "cuda"
+
+
+def local_device() -> torch.device:
+    """The device this process works on: the GPU of its local rank under torchrun, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes held so far: allocated on a GPU, resident on a CPU; None where it is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_devices() -> list[str]:
