@@ -181,6 +181,21 @@ def table(
     commands.table(file, form.value, published)
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output folder.")],
+) -> None:
+    """Write `report.html` of a run: accuracy, which ops hurt, distributions, search curves.
+
+    `quantize` and `sweep` write it by themselves. One page, nothing outside it is loaded.
+
+    Example: `ptq4vit report runs/w6a6`
+    """
+    from . import commands
+
+    commands.report(folder)
+
+
 @app.command("list")
 def list_registered() -> None:
     """Show every registered algorithm, quantizer, exporter and data source, and who provides it.

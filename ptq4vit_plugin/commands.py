@@ -26,12 +26,12 @@ from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
 from ptq4vit_plugin.files import output_folder, written_whole
 from ptq4vit_plugin.integrations.device import local_device, peak_memory
-from ptq4vit_plugin.integrations.distributed import rank, ranks
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.pipeline import plan as make_plan
 from ptq4vit_plugin.pipeline import quantize as quantize_model
 from ptq4vit_plugin.record import describe as describe_model
 from ptq4vit_plugin.record import record_of
+from ptq4vit_plugin.reporting import report as reports
 from ptq4vit_plugin.reporting import results as result_tables
 from ptq4vit_plugin.reporting.tables import metrics_table, plan_table, record_table
 
@@ -51,7 +51,7 @@ class Run:
 
 
 def quantize(config: Config, output: Path | None, quiet: bool) -> None:
-    """Calibrate, evaluate and save; writes checkpoint, ``results.json`` and ``config.yaml``."""
+    """Calibrate, evaluate and save; writes checkpoint, results, resolved config and report."""
     folder = output_folder(output or config.output)
     done = run(config, progress=not quiet)
     path = checkpoints.save(done.quantized, folder / CHECKPOINT, extra={"config": config.dump()})
@@ -61,6 +61,8 @@ def quantize(config: Config, output: Path | None, quiet: bool) -> None:
         console = Console()
         console.print(metrics_table(done.metrics))
         console.print(f"written: {folder}/{CHECKPOINT}, {RESULTS}, {CONFIG}")
+        if absent := reports.missing():
+            console.print(f"no report: it needs {' and '.join(absent)} (ptq4vit-plugin[report])")
 
 
 def run(config: Config, progress: bool) -> Run:
@@ -85,9 +87,16 @@ def run(config: Config, progress: bool) -> Run:
 
 
 def write_run(folder: Path, config: Config, results: dict[str, Any]) -> None:
-    """Write a run's measurements and its resolved config."""
+    """Write a run's measurements and its resolved config, and the report if it can be drawn."""
     write_text(folder / CONFIG, yaml.safe_dump(config.dump(), sort_keys=False))
-    write_text(folder / RESULTS, json.dumps(results, indent=2))
+    write_text(folder / RESULTS, json.dumps(results))
+    if not reports.missing():
+        reports.write_report(folder)
+
+
+def report(folder: Path) -> None:
+    """Write ``report.html`` of a run folder."""
+    Console().print(f"written: {reports.write_report(folder)}")
 
 
 def environment() -> dict[str, str]:
@@ -111,10 +120,11 @@ def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool
     folder = output_folder(described.output)
     path = folder / sweeps.RESULTS
     known = {row["key"] for row in sweeps.results(path)} if path.exists() else set()
-    mine = sweeps.share(cells, rank(), ranks())
+    rank, ranks = sweeps.torchrun()
+    mine = sweeps.share(cells, rank, ranks)
     todo = [cell for cell in mine if cell.key not in known]
     console = Console(stderr=True, quiet=quiet)
-    who = f"rank {rank()}: " if ranks() > 1 else ""
+    who = f"rank {rank}: " if ranks > 1 else ""
     console.print(f"{who}{len(mine)} cells, {len(mine) - len(todo)} of them done before")
     failed = []
     for number, cell in enumerate(todo, start=1):
@@ -127,7 +137,7 @@ def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool
             continue
         write_run(output_folder(cell.config.output), cell.config, done.results)
         sweeps.append(path, result_tables.line(cell, done.results))
-    if ranks() == 1 and path.exists():
+    if ranks == 1 and path.exists():
         keys = {cell.key for cell in cells}
         rows = [row for row in sweeps.results(path) if row["key"] in keys]
         published = result_tables.read_published(described.published)

@@ -167,6 +167,14 @@ def share(all_cells: Sequence[Cell], rank: int, ranks: int) -> list[Cell]:
     return list(all_cells[rank::ranks])
 
 
+def torchrun() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says; 0 and 1 without it.
+
+    Cells do not talk to each other, so no process group is needed.
+    """
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Append one result.
 

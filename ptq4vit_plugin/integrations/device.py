@@ -3,6 +3,7 @@
 import os
 import sys
 
+import psutil
 import torch
 
 
@@ -34,18 +35,18 @@ def local_device() -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes held so far: allocated on a GPU, resident on a CPU; None where it is unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # POSIX only
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def available_devices() -> list[str]:
     """Names of the kinds of device that this machine has, for tests and benchmarks."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: on a GPU, the tensors; else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
