@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from ptq4vit_plugin import __version__, registry
+from ptq4vit_plugin.algorithms.diagnosis import histogram, output_sqnr, thinned
 from ptq4vit_plugin.algorithms.finished import FinishedOps, Place, key_of
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.planning import make_plan, matches
@@ -336,14 +337,21 @@ class ScaleSearch(BaseModel, Algorithm):
             reduce=distributed.total,
         )
         operands, made = [], {}
-        for operand, quantizer, index in zip(
-            op.operands, (left, right), (result.a_index, result.b_index), strict=True
+        for name, operand, quantizer, index in zip(
+            "ab", op.operands, (left, right), (result.a_index, result.b_index), strict=True
         ):
             if quantizer is not None:
                 place = (operand.parameter, None) if operand.parameter else (op.name, operand.port)
                 hook = quantizer.module(index, lambda s, port=operand.port: view.layout(port, s))
                 made[place] = hook
-            operands.append(_operand_record(operand, quantizer, index))
+            operands.append(
+                _operand_record(operand, quantizer, index).model_copy(
+                    update={
+                        "histogram": histogram(getattr(gemm, name), operand.source),
+                        "curve": thinned(result.curves.get(name, [])),
+                    }
+                )
+            )
         chosen = OpRecord(
             name=op.name,
             kind=op.kind,
@@ -352,6 +360,7 @@ class ScaleSearch(BaseModel, Algorithm):
             objective_before=result.before,
             objective_after=result.after,
             evaluations=result.evaluations,
+            sqnr_db=output_sqnr(gemm, left, right, result),
             seconds=time.perf_counter() - started,
         )
         return chosen, made

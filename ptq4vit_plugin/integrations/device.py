@@ -1,5 +1,6 @@
 """What the device under a tensor can do. The only place that names a kind of device."""
 
+import os
 import sys
 
 import psutil
@@ -31,6 +32,14 @@ def has_int8_dot(device: torch.device) -> bool:
 def needs_padded_int8(device: torch.device) -> bool:
     """Whether `torch._int_mm` accepts only some shapes (CUDA: M > 16, K and N multiples of 8)."""
     return device.type == "cuda"
+
+
+def local_device() -> torch.device:
+    """The device this process works on: the GPU of its local rank under torchrun, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def available_devices() -> list[str]:
