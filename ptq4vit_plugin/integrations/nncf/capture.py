@@ -192,6 +192,41 @@ def record(
     return recorded
 
 
+def token_weights(
+    model: nn.Module, data: Sequence[Batch], ops: Iterable[FoundOp], gradient: Gradient
+) -> dict[str, Tensor]:
+    """How much the loss depends on every token of an op: its mean squared gradient at the output.
+
+    Returns
+    -------
+    dict
+        By op name, ``[tokens of all images]``, float32; positions for a convolution.
+    """
+    kept: dict[str, list[Tensor]] = {op.name: [] for op in ops}
+    generator = torch.Generator().manual_seed(gradient.seed)
+
+    def add(total: Tensor, part: Tensor) -> None:
+        total.add_(part.flatten())
+
+    def keep(op: FoundOp) -> Callable[[Tensor], None]:
+        channel = 1 if op.kind == "conv2d" else -1
+
+        def see(y: Tensor) -> None:
+            total = torch.zeros_like(y.detach().movedim(channel, -1)[..., 0].float()).flatten()
+            kept[op.name].append(total)
+            # The hook returns None: autograd's own gradient goes on unchanged.
+            y.register_hook(lambda grad: add(total, grad.float().square().mean(channel)))
+
+        return see
+
+    with watching(model, {}, {op.name: keep(op) for op in ops}), _frozen(model):
+        for batch in data:
+            with torch.enable_grad():
+                result = _run(model, batch.to(model), needs_grad=True)
+                _backward(_logits(result), gradient, generator, batch.labels)
+    return {name: torch.cat(parts) for name, parts in kept.items() if parts}
+
+
 def _run(model: nn.Module, batch: Batch, needs_grad: bool) -> Any:
     def attach(value: Any) -> Any:
         # Parameters are frozen, so it is the images that make autograd follow the forward pass.
