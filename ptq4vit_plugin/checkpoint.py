@@ -20,7 +20,10 @@ from torch import nn
 from ptq4vit_plugin import registry
 from ptq4vit_plugin.errors import CheckpointError
 from ptq4vit_plugin.files import written_whole
+from ptq4vit_plugin.integrations.integer import checkpoint as integer
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
+from ptq4vit_plugin.integrations.nncf.prepare import bare
 from ptq4vit_plugin.integrations.timm.attention import (
     fuse_attention,
     fused_attention,
@@ -42,6 +45,8 @@ class Metadata(BaseModel):
         How timm builds the architecture; None for a model that is not timm's.
     fused_attention
         Value of every ``fused_attn`` switch by module name: op names depend on them.
+    decomposed
+        Whether calls that hide products were taken apart: op names depend on that, too.
     nncf
         ``nncf.torch.get_config`` of the model: which hook sits where.
     record
@@ -55,6 +60,7 @@ class Metadata(BaseModel):
     format_version: int = FORMAT_VERSION
     recipe: Recipe | None = None
     fused_attention: dict[str, bool] = {}
+    decomposed: bool = False
     nncf: dict[str, Any]
     record: QuantizationRecord | None = None
     extra: dict[str, Any] = {}
@@ -88,6 +94,7 @@ def save(
     metadata = Metadata(
         recipe=recipe_of(model) if recipe is None else Recipe.model_validate(recipe),
         fused_attention=fused_attention(model),
+        decomposed=is_decomposed(model),
         nncf=nncf.torch.get_config(model),
         record=record_of(model),
         extra=extra or {},
@@ -105,6 +112,8 @@ def save(
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Read a quantized model; its logits are bit for bit those of the model that was saved.
 
+    An integer checkpoint that `export` wrote is read into a model that computes with integers.
+
     Parameters
     ----------
     model
@@ -118,6 +127,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         module that is not allowed.
     """
     path = Path(path)
+    if integer.is_integer(path):
+        return integer.load(path, model)
     metadata = read_metadata(path)
     if model is None:
         if metadata.recipe is None:
@@ -125,11 +136,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"'{path}' does not say how its model is built; give load(path, model=...)"
             )
         model = create(metadata.recipe)
+    model = bare(model)
     unfuse_attention(model)
     try:
         fuse_attention(model, (name for name, fused in metadata.fused_attention.items() if fused))
     except AttributeError as error:
         raise CheckpointError(f"'{path}' is of another model: {error}") from error
+    if metadata.decomposed:
+        decompose(model)
+    hooks.wrap(model)
     try:
         model = nncf.torch.load_from_config(
             model, metadata.nncf, allowed_modules=_allowed_modules()

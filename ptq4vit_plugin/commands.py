@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from torch import nn
@@ -16,13 +17,16 @@ from ptq4vit_plugin.data import calibration_images, loader, open_dataset
 from ptq4vit_plugin.errors import ConfigError
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
+from ptq4vit_plugin.exporting import export as export_model
+from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.files import output_folder, written_whole
+from ptq4vit_plugin.integrations.timm.images import open_image
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.pipeline import plan as make_plan
 from ptq4vit_plugin.pipeline import quantize as quantize_model
 from ptq4vit_plugin.record import describe as describe_model
 from ptq4vit_plugin.record import record_of
-from ptq4vit_plugin.reporting.tables import metrics_table, plan_table, record_table
+from ptq4vit_plugin.reporting.tables import export_table, metrics_table, plan_table, record_table
 
 CHECKPOINT = "model.safetensors"
 
@@ -60,6 +64,53 @@ def evaluate(checkpoint: Path, config: Config | None) -> None:
 def describe(checkpoint: Path) -> None:
     """Print a record per op."""
     Console().print(record_table(describe_model(checkpoints.load(checkpoint))))
+
+
+def export(
+    checkpoint: Path,
+    format: str,
+    output: Path | None,
+    config: Config | None,
+    min_sqnr: float,
+    options: list[str],
+) -> None:
+    """Write a saved model for a runtime; the comparison goes into ``results.json`` beside it."""
+    model = checkpoints.load(checkpoint)
+    given = dict(option.partition("=")[::2] for option in options)
+    if config is None and (saved := checkpoints.read_metadata(checkpoint).extra.get("config")):
+        config = parse(saved, str(checkpoint))
+    images = None if config is None else calibration(config, model)
+    path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}")
+    report = export_model(
+        model,
+        path,
+        format,
+        images,
+        min_sqnr,
+        **{key: yaml.safe_load(value) for key, value in given.items()},
+    )
+    results = path.parent / "results.json"
+    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    exports = {**known.get("exports", {}), format: report.model_dump(mode="json")}
+    write_text(results, json.dumps({**known, "exports": exports}, indent=2))
+    console = Console()
+    console.print(export_table(report))
+    console.print(f"written: {', '.join(str(path.parent / name) for name in report.files)}")
+
+
+def run(model: Path, images: list[Path]) -> None:
+    """Print the five most probable classes of image files."""
+    exporter = exporter_of(model)
+    preprocessing = exporter.preprocessing(model)
+    transform, classify = preprocessing.transform(), exporter.read(model)
+    for path in images:
+        with torch.inference_mode():
+            logits = classify(transform(open_image(path))[None])[0]
+        found = logits.float().softmax(0).topk(min(5, len(logits)))
+        names = preprocessing.labels or [f"class {index}" for index in range(len(logits))]
+        print(path)
+        for probability, index in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+            print(f"  {100 * probability:5.1f} %  {names[index]}")
 
 
 def plan(config: Config) -> None:

@@ -4,9 +4,9 @@ A data source is a callable ``(config, split, transform, **options)``, registere
 group ``ptq4vit_plugin.datasets``. ``config`` is the config's ``data`` section, whose ``options``
 are the further arguments; ``transform`` turns a PIL image into the model's input. It returns a
 map-style data set of ``(image, label)``: float32 ``[C, H, W]`` ready for the model, and an int, -1
-for an unknown label. Two attributes are optional: ``names``, what to call each image in messages and what
-subsets are drawn from after sorting, and ``classes``, the class names in the order of the labels.
-An image that cannot be decoded raises `UnreadableImage`.
+for an unknown label. Two attributes are optional: ``names``, what to call each image in messages
+and what subsets are drawn from after sorting, and ``classes``, the class names in the order of the
+labels. An image that cannot be decoded raises `UnreadableImage`.
 """
 
 from __future__ import annotations
@@ -588,10 +588,12 @@ def _arrays(path: Path) -> Mapping[str, np.ndarray]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is one .npy array, without names")
+        with file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError, AttributeError) as error:
-        # AttributeError: a plain .npy array, which np.load returns as it is
+    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
         raise DataError(
             f"{path} is not a readable .npz or .safetensors file: {one_line(error)}"
         ) from error

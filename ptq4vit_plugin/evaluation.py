@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ def evaluate(
     reference
         The model before quantization.
     progress
-        Show a bar with the running top-1 on stderr's terminal.
+        Show a bar with the running top-1 on standard error, if that is a terminal.
 
     Raises
     ------
@@ -107,6 +108,22 @@ def evaluate(
     if totals.images == 0:
         raise DataError("no images to evaluate on")
     return totals.metrics(tuple(getattr(loader, "unreadable", ())))
+
+
+def logit_sqnr(reference: Tensor, output: Tensor) -> float:
+    """Return the signal-to-quantization-noise ratio of logits in dB.
+
+    The signal is the variance of the reference's logits, not their power: a constant that is added
+    to all of them changes no decision.
+
+    Parameters
+    ----------
+    reference, output
+        Logits ``[N, classes]`` of the model before and after quantization.
+    """
+    totals = _Totals()
+    totals.compare(output, reference)
+    return totals.sqnr_db
 
 
 def wilson_interval(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
@@ -148,6 +165,7 @@ class _Totals:
         self.loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
 
     def compare(self, logits: Tensor, reference: Tensor) -> None:
+        self.classes = logits.shape[1]
         if logits.shape != reference.shape:
             raise ModelError(
                 f"the model has {logits.shape[1]} classes and the reference {reference.shape[1]}"
@@ -216,11 +234,14 @@ def _length(loader: Iterable) -> int | None:
 
 
 def _bar() -> Progress:
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[top1]}"),
         TimeRemainingColumn(),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )

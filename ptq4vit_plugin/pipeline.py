@@ -11,10 +11,11 @@ from torch import nn
 
 from ptq4vit_plugin import config as configs
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
-from ptq4vit_plugin.errors import ConfigError, ModelError
+from ptq4vit_plugin.errors import ConfigError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches
-from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.integrations.nncf.capture import batches, taken_by_the_model
+from ptq4vit_plugin.integrations.nncf.prepare import bare, prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import Plan
 
 
@@ -25,6 +26,7 @@ def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq
     ----------
     model
         A timm transformer, or any model made of linears, convolutions and attention, on any device.
+        Of a compiled or data-parallel model the one inside is quantized.
     calibration_dataset
         An ``nncf.Dataset``, or any iterable of image batches ``[B, C, H, W]`` or (images, labels)
         pairs. The paper uses 32 training images with the model's own test transform.
@@ -46,13 +48,16 @@ def quantize(model: nn.Module, calibration_dataset: Any, compression: Any = "ptq
     ModelError
         The model has nothing to quantize.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: {type(model).__name__} is not a torch.nn.Module")
+    model = bare(model)
     steps = configs.compression(compression)
     data = batches(calibration_dataset)
     model = copy.deepcopy(model).eval()
-    unfuse_attention(model)
+    # Without its calls taken apart NNCF cannot trace every model; each step decides on its own
+    # whether it needs attention unfused.
+    fuse_attention(model, prepare(model, data[0].to(model)))
     wrapper = hooks.with_graph(model, data[0].to(model).example)
+    with taken_by_the_model(data[0]):
+        wrapper.get_graph()
     pipeline = Pipeline([[algorithm(dataset=data, **fields)] for algorithm, fields in steps])
     result = pipeline.run(wrapper, nncf.Dataset([batch.to(model).example for batch in data]))
     return hooks.unwrap(result)
@@ -78,7 +83,9 @@ def plan(model: nn.Module, example_input: Any, compression: Any = "ptq4vit") -> 
     ]
     if not searches:
         raise ConfigError("compression: no step of it searches scales, so there is no plan to show")
-    batch = batches([example_input])[0]
-    model = copy.deepcopy(model).eval()
-    unfuse_attention(model)
-    return searches[-1].plan(model, hooks.trace(model, batch.to(model).example), len(batch))[0]
+    model = copy.deepcopy(bare(model)).eval()
+    batch = batches([example_input])[0].to(model)
+    prepare(model, batch)
+    with taken_by_the_model(batch):
+        graph = hooks.trace(model, batch.example)
+    return searches[-1].plan(model, graph, len(batch))[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -40,3 +41,21 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     yield install
     for module in installed:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The committed digits model, its calibration images and all held-out images."""
+    from ptq4vit_plugin import commands
+    from ptq4vit_plugin.config import read
+    from ptq4vit_plugin.data import open_dataset
+
+    root = Path(__file__).parents[1]
+    config = read(root / "examples" / "digits" / "ptq4vit.yaml")
+    checkpoint = root / config.model.checkpoint
+    model_section = config.model.model_copy(update={"checkpoint": checkpoint})
+    config = config.model_copy(update={"model": model_section})
+    model = commands.float_model(config)
+    held_out = open_dataset(config.data, "val", model)
+    images = torch.stack([held_out[index][0] for index in range(len(held_out))])
+    return model, commands.calibration(config, model), images

@@ -1,4 +1,4 @@
-"""Scales against gold values: what the PTQ4ViT authors' published code selects for the same tensors.
+"""Scales against gold values: those that the PTQ4ViT authors' published code selects.
 
 A different summation order may flip a near-tie: a neighbouring candidate is accepted if its
 objective, computed here in float64, is within 1e-4 of the gold choice's.

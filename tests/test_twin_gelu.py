@@ -25,6 +25,11 @@ FUNCTIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def module(bits, negative, positive):
     return TwinGELUQuantizer(bits, torch.tensor([negative]), torch.tensor([positive]))
 

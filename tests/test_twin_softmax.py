@@ -17,6 +17,11 @@ EXPONENTS = range(20)
 PROBABILITY = st.floats(0, 1, width=32)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def levels(bits, m):
     """All levels of both ranges in float64: range 1, then range 2."""
     magnitudes = torch.arange(2 ** (bits - 1), dtype=torch.float64) / (2 ** (bits - 1) - 1)

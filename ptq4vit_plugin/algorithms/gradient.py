@@ -7,6 +7,7 @@ of the model's output to itself gives zero; these give sound estimates of the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +25,9 @@ class Gradient(BaseModel):
         ``fisher``: cross-entropy against labels sampled from the model's own softmax (Monte-Carlo
         Fisher). ``gauss_newton``: a random probe at the logits with covariance ``diag(p) − p pᵀ``.
         ``labels``: cross-entropy against the true labels of the calibration images (empirical
-        Fisher).
+        Fisher). ``output``: a random probe of unit covariance at the output, the Gauss-Newton
+        matrix of the output's squared distance; models that return no class scores (features,
+        feature maps) always get this one.
     probes
         Backward passes per batch; squared gradients are averaged. More probes, less noise.
     seed
@@ -33,9 +36,29 @@ class Gradient(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["fisher", "gauss_newton", "labels"] = "fisher"
+    kind: Literal["fisher", "gauss_newton", "labels", "output"] = "fisher"
     probes: int = Field(default=1, ge=1)
     seed: int = 0
+
+
+def output_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """A scalar whose squared gradient estimates the curvature of ``Σ |output|²`` distances.
+
+    With ``v`` of unit covariance, the squared gradient of ``⟨v, output⟩`` has the diagonal of
+    ``JᵀJ`` as its expectation: the Gauss-Newton matrix of half the squared distance.
+
+    Parameters
+    ----------
+    outputs
+        Of any shapes, attached to the graph; the distance is summed over all of them.
+    generator
+        On the CPU, so that every device draws the same numbers.
+    """
+    loss = torch.zeros(())
+    for output in outputs:
+        v = torch.randn(output.shape, generator=generator).to(output.device)
+        loss = loss.to(output.device) + (output.float() * v).sum()
+    return loss
 
 
 def probe_loss(
@@ -48,7 +71,7 @@ def probe_loss(
     logits
         ``[B, classes]``, attached to the graph.
     kind
-        See `Gradient`.
+        See `Gradient`; not ``output``, which is `output_loss`.
     generator
         On the CPU, so that every device draws the same numbers.
     labels

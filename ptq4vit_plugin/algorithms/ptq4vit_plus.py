@@ -15,7 +15,7 @@ from ptq4vit_plugin.algorithms.settings import Activations, Twin
 from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches
-from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
 
 
 class Fold(BaseModel):
@@ -62,10 +62,10 @@ class PTQ4ViTPlus(ScaleSearch):
         if source is None:
             raise DataError("PTQ4ViTPlus needs calibration images: PTQ4ViTPlus(dataset, ...)")
         data = batches(source)
-        if unfuse_attention(module):
-            graph = hooks.trace(module, data[0].to(module).example)
+        prepare(module, data[0].to(module))
         if self.fold.norms or self.fold.attention:
             FoldNorms(**dict(self.fold)).fold(module, data)
+        graph = hooks.trace(module, data[0].to(module).example)
         super().apply(model, graph, dataset=data)
         if self.compensate.weights or self.compensate.rounding or self.compensate.bias:
             gradient = self.gradient if self.metric == "hessian" else None

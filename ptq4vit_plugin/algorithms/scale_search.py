@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 import psutil
@@ -18,22 +20,35 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin import registry
 from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
 from ptq4vit_plugin.algorithms.planning import make_plan, matches
 from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
-from ptq4vit_plugin.algorithms.settings import Activations, Override, Twin, Weights
+from ptq4vit_plugin.algorithms.settings import (
+    Accuracy,
+    Activations,
+    MixedPrecision,
+    Override,
+    Twin,
+    Weights,
+)
 from ptq4vit_plugin.algorithms.views import GemmView, view_of
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
 from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, batches, record
+from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.timm.attention import fuse_attention, unfuse_attention
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp, Op, Operand, Plan
 from ptq4vit_plugin.quantizers.base import OperandQuantizer, SearchRange
 from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord, attach
 from ptq4vit_plugin.reporting.progress import progress
 
 GIB = 2**30
+# Candidates of the search that only ranks ops.
+SENSITIVITY_STEPS = 25
 Metric = Literal[
     "hessian", "cosine", "mse", "l1", "linear_weighted_l2", "square_weighted_l2", "pearson"
 ]
@@ -42,7 +57,8 @@ Metric = Literal[
 class ScaleSearch(BaseModel, Algorithm):
     """Choose every scale by searching for the one that disturbs the op's output least.
 
-    Lifecycle of `apply`: attention is unfused; ops are found on the NNCF graph; a plan gives each
+    Lifecycle of `apply`: attention is unfused; batch
+    normalization is folded into convolutions; ops are found on the NNCF graph; a plan gives each
     operand a quantizer; operands and gradients are recorded in as few forward/backward passes as
     fit the memory; the search runs op by op, always against the floating-point model; quantizers
     are inserted as NNCF hooks.
@@ -75,6 +91,13 @@ class ScaleSearch(BaseModel, Algorithm):
     search_range: SearchRange = SearchRange()
     rounds: int = Field(default=3, ge=1)
     gradient: Gradient = Gradient()
+    mixed_precision: MixedPrecision | None = Field(
+        default=None, description="bits per op by sensitivity instead of one width for all"
+    )
+    accuracy: Accuracy | None = Field(
+        default=None,
+        description="raise bits until this drop is held on validation images (verb quantize)",
+    )
     memory_budget: float | None = Field(
         default=None,
         gt=0,
@@ -130,7 +153,8 @@ class ScaleSearch(BaseModel, Algorithm):
         ModelError
             There is nothing to quantize.
         """
-        found, left_out = find_ops(graph, batch_size)
+        buffers = {name for name, _ in model.named_buffers()}
+        found, left_out = find_ops(graph, batch_size, buffers)
         plan = make_plan(found, left_out, self)
         if not any(op.kind in ("linear", "matmul") for op in plan.ops):
             reasons = ", ".join(f"{op.name} ({op.reason})" for op in plan.left_out)
@@ -174,14 +198,20 @@ class ScaleSearch(BaseModel, Algorithm):
             name = type(self).__name__
             raise DataError(f"{name} needs calibration images: {name}(dataset, ...)")
         data = batches(source)
-        switched = unfuse_attention(module)
-        if switched:
-            graph = hooks.trace(module, data[0].to(module).example)
+        example = data[0].to(module)
+        before = is_decomposed(module)
+        switched = prepare(module, example)
+        if switched or is_decomposed(module) != before:
+            graph = hooks.trace(module, example.example)
+        fold_batch_norms(module, graph)
         plan, found = self.plan(module, graph, len(data[0]))
+        if self.mixed_precision is not None:
+            plan = self._mixed(module, data, plan, found)
         quantizers, records = self._calibrate(module, data, plan, found)
         for place, quantizer in quantizers.items():
             hooks.insert(module, *place, quantizer)
         fuse_attention(module, _without_products(switched, plan))
+        hooks.forget_graph(model)
         attach(
             module,
             QuantizationRecord(
@@ -194,6 +224,28 @@ class ScaleSearch(BaseModel, Algorithm):
             ),
         )
         return model
+
+    def _mixed(
+        self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
+    ) -> Plan:
+        """The plan with the bits that the objective asks for within the budget."""
+        wanted = self.mixed_precision
+        coarse = self.model_copy(
+            update={"rounds": 1, "search_range": replace(self.search_range, n=SENSITIVITY_STEPS)}
+        )
+        objectives = [
+            {r.name: r.objective_after for r in coarse._calibrate(module, data, at, found)[1]}
+            for at in (plan.at_bits(dict.fromkeys(found, bits)) for bits in wanted.choices)
+        ]
+        chosen = choose_bits(
+            [[objective[op.name] for objective in objectives] for op in plan.ops],
+            [op.macs if wanted.budget == "macs" else _size(found[op.name]) for op in plan.ops],
+            wanted.choices,
+            wanted.average_bits,
+        )
+        return plan.at_bits(
+            {op.name: bits for op, bits in zip(plan.ops, chosen, strict=True)}
+        )
 
     def _calibrate(
         self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
@@ -285,6 +337,10 @@ class ScaleSearch(BaseModel, Algorithm):
         return quantizer
 
 
+def _size(found: FoundOp) -> int:
+    return 0 if found.kind == "matmul" else prod(found.shapes[1])
+
+
 def _gemm(
     module: nn.Module,
     op: Op,
@@ -299,15 +355,18 @@ def _gemm(
         value = module.get_parameter(weight).detach().float()
         shared = quantizers.get((weight, None))
         right = [value if shared is None else shared(value)] * len(seen.inputs[0])
+    elif op.kind != "matmul":
+        right = seen.inputs[1][:1] * len(seen.inputs[0])  # computed from constants: always the same
     else:
         right = seen.inputs[1]
     pairs = [
         view.operands(a.float(), b.float()) for a, b in zip(seen.inputs[0], right, strict=True)
     ]
-    bias = view.bias(module.get_parameter(found.bias).detach().float()) if found.bias else None
+    batched = op.kind == "matmul"
+    bias = view.bias(attrgetter(found.bias)(module).detach().float()) if found.bias else None
     return Gemm(
         a=torch.cat([a for a, _ in pairs], view.batch_dim),
-        b=pairs[0][1].contiguous() if weight else torch.cat([b for _, b in pairs], view.batch_dim),
+        b=torch.cat([b for _, b in pairs], view.batch_dim) if batched else pairs[0][1].contiguous(),
         bias=bias,
         fisher=torch.cat([view.output(f) for f in seen.fisher], view.batch_dim)
         if seen.fisher

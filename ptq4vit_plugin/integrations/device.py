@@ -21,3 +21,8 @@ def has_int8_dot(device: torch.device) -> bool:
 def needs_padded_int8(device: torch.device) -> bool:
     """Whether `torch._int_mm` accepts only some shapes (CUDA: M > 16, K and N multiples of 8)."""
     return device.type == "cuda"
+
+
+def available_devices() -> list[str]:
+    """Names of the kinds of device that this machine has, for tests and benchmarks."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -4,15 +4,17 @@ A *round* searches one operand with the other fixed, then the other way round. E
 head, output channel, row block) takes its own best candidate; the groups of one operand do not
 interact, so candidate i is evaluated for all of them in one pass.
 
-`exhaustive` evaluates every candidate on all data. `fast` evaluates all candidates on a small
-sample, keeps the best few of every group for a larger one, and evaluates the last survivors on all
-data (`SCHEDULE`). What is exact and what is a heuristic:
+`exhaustive` evaluates every candidate on all data. `fast` is successive halving: all candidates on
+a small sample of rows, the best few of every group on a larger one, the last survivors on all data
+(`SCHEDULE`). A row is drawn with a probability proportional to its share of the gradient's energy
+and of the start scales' loss. Both are very uneven, and differ between output columns (those of q,
+k, v; of each head), so that a weight's columns draw their own rows in blocks of up to 32.
 
-- exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices
-  is evaluated twice; rounds stop at a fixed point; survivors are compared on all data, and from
-  the second round on the current choice is always among them, so the objective never rises;
-- heuristic (`fast` only): a candidate that loses clearly on the sample is not evaluated further,
-  and later rounds look only near the previous choice (`NEIGHBOURS`).
+Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
+evaluated twice; an operand is not searched again while the other's choice stands; survivors are
+compared on all data, from the second round on together with the current choice, so that with an
+error metric the objective never rises. Heuristic, in `fast` only: a candidate that loses on a
+sample is dropped, and from the third round on only the second round's survivors are tried.
 """
 
 from dataclasses import dataclass, field, replace
@@ -63,12 +65,14 @@ class Stage:
     keep: int  #: candidates per group that go on to the next stage
 
 
-#: First round of `fast`; the survivors of the last stage are compared on all rows.
-SCHEDULE = (Stage(1 / 64, 64, 12), Stage(1 / 12, 256, 2))
-#: Later rounds: candidates this far to either side of the previous choice start ...
-NEIGHBOURS = 6
-#: ... at this stage.
-LATER_SCHEDULE = (Stage(1 / 12, 256, 1),)
+#: Stages of `fast`; the survivors of the last one are compared on all rows. The first round and
+#: the second (the first one had to work with the other operand's start scale) begin with all
+#: candidates, later rounds with those that survived the first stage in the second round.
+SCHEDULE = (Stage(1 / 64, 128, 16), Stage(1 / 12, 512, 3))
+#: Candidates, as a share of the table, at which `fast` looks where clipping shows.
+PROBES = (0.25, 0.5)
+#: Widest block of output columns that draws its own sample of rows.
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class _Problem:
     quantizers: dict[str, _Quantizer | None]
     integer: bool
     cost: float  #: output elements, as a share of the whole op's
+    blocks: int = 1  #: column blocks that stand where the heads are, each with its own rows
     fixed: dict[str, tuple[bytes, Terms]] = field(default_factory=dict)
 
     def quantize(self, operand: str, x: Tensor, index: Tensor | None) -> Terms:
@@ -118,7 +123,10 @@ class _Problem:
             return [(x, None)]
         if self.integer:
             return quantizer.terms(x, index)
-        return [(quantizer.fake_quantize(x, index), None)]
+        x = quantizer.fake_quantize(x, index)
+        if operand == "b" and self.blocks > 1:
+            x = x.unflatten(3, (self.blocks, -1))[0, 0].transpose(0, 1)[None]
+        return [(x, None)]
 
     def whole(self, operand: str, index: Tensor | None) -> Terms:
         """The quantized operand, kept until another choice is asked for."""
@@ -177,67 +185,96 @@ class _Problem:
                 part = error_loss(self.metric, error, view, weight)
             total = part if total is None else total + part
         assert total is not None
-        return total
+        return total.flatten()[None, None, None] if self.blocks > 1 else total
 
-    def row_loss(self, a_index: Tensor | None, b_index: Tensor | None) -> Tensor:
-        """Weighted squared error per row, ``[B,H,N]``: where the error is (error metrics)."""
-        parts = []
+    def row_loss(self, a_index: Tensor | None, b_index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss and gradient energy ``[B,H,N,G]`` of rows in G column blocks (error metrics)."""
+        width = _block_width(self.output.shape[3])
+        losses, energies = [], []
         for error, _, weight in self.errors(a_index, b_index, "a", View("head")):
+            energy = torch.ones_like(error) if weight is None else weight.square()
             if weight is not None:
                 error.mul_(weight)
             error = error.abs_() if self.metric == "l1" else error.square_()
-            parts.append(error.sum(3))
-        return torch.cat(parts, 0 if self.output.shape[0] > 1 else 2)
+            losses.append(error.unflatten(3, (-1, width)).sum(4).double())
+            energies.append(energy.unflatten(3, (-1, width)).sum(4).double())
+        along = 0 if self.output.shape[0] > 1 else 2
+        return torch.cat(losses, along), torch.cat(energies, along)
 
-    def sample(self, stage: Stage, importance: Tensor | None) -> "_Problem | None":
+    def sample(
+        self, stage: Stage, rows_loss: list[Tensor] | None, in_blocks: bool
+    ) -> "_Problem | None":
         """A sample of the rows; None if it would be (almost) everything.
 
-        Error metrics: rows are drawn with probability proportional to `importance [B,H,N]` and
-        weighted by the inverse (Horvitz-Thompson), so that sampled losses estimate the whole's.
-        Batched ops draw images per head, then rows per image. Angle metrics: evenly spaced
-        positions of every image.
+        Error metrics: rows are drawn with probability proportional to size and weighted by the
+        inverse (Horvitz-Thompson), so that sampled losses estimate the whole's. Batched ops draw
+        images per head, then rows per image; `in_blocks` draws rows per column block. Angle
+        metrics: evenly spaced positions of every image.
         """
-        batch, _, rows, _ = self.output.shape
+        batch, heads, rows, columns = self.output.shape
         fraction = max(stage.fraction, stage.minimum / (batch * rows))
         if fraction > 0.7:
             return None
-        if importance is None:
+        if rows_loss is None:
             return self._spaced(fraction)
-        weight = None
-        sampled = self
         if batch > 1:
-            chosen, factor = _draw(importance.sum(2).T, max(2, round(batch * fraction**0.5)))
-            images, heads = chosen.T, torch.arange(chosen.shape[0], device=chosen.device)
-            sampled = replace(
-                self,
-                a=self.a[images, heads],
-                b=self.b[images, heads],
-                output=self.output[images, heads],
-                weight=None if self.weight is None else self.weight[images, heads],
-            )
-            importance = importance[images, heads]
-            weight = factor.T[:, :, None]
-            fraction /= images.shape[0] / batch
-        count = min(rows, max(1, round(rows * fraction)))
-        if batch == 1:  # the same rows for all heads (groups of a convolution)
-            chosen, factor = _draw(importance.sum(1), count)
-            pick = _picker(chosen[:, None].expand(1, importance.shape[1], count))
-            factor = factor[:, None]
+            return self._sample_images(fraction, [x.sum(3) for x in rows_loss])
+        count = max(1, round(rows * fraction))
+        blocks = rows_loss[0].shape[3] if in_blocks else 1
+        if blocks == 1:  # the same rows for all columns and all groups of a convolution
+            size = _size([x.sum((0, 1, 3))[None] for x in rows_loss])
+            chosen, factor = _draw(size, count)
+            index, factor = chosen[0], factor[0, :, None]
+            a, output = self.a[:, :, index], self.output[:, :, index]
+            weight = None if self.weight is None else self.weight[:, :, index]
         else:
-            chosen, factor = _draw(importance.flatten(0, 1), count)
-            pick = _picker(chosen.view(*importance.shape[:2], count))
-            factor = factor.view(*importance.shape[:2], count)
-        weight = factor if weight is None else weight * factor
-        weight = (weight if self.metric == "l1" else weight.sqrt())[..., None].float()
-        if sampled.weight is not None:
-            weight = pick(sampled.weight) * weight
-        output = pick(sampled.output)
+            chosen, factor = _draw(_size([x[0, 0].T for x in rows_loss]), count)
+            factor = factor[..., None]
+            a = self.a[0, 0][chosen][None]
+            column = torch.arange(columns, device=chosen.device).view(blocks, 1, -1)
+            output = self.output[0, 0][chosen[..., None], column][None]
+            weight = self.weight
+            if weight is not None:
+                weight = weight[0, 0][chosen[..., None], column][None]
+        return self._sampled(a, self.b, output, weight, factor, blocks)
+
+    def _sample_images(self, fraction: float, parts: list[Tensor]) -> "_Problem":
+        """Images per head, then rows per image, by sizes of parts ``[B,H,N]``."""
+        batch, heads, rows = parts[0].shape
+        sizes = _size([x.sum(2).T for x in parts])
+        chosen, first = _draw(sizes, max(2, round(batch * fraction**0.5)))
+        images, head = chosen.T, torch.arange(heads, device=chosen.device)
+        count = min(rows, max(1, round(rows * fraction * batch / len(images))))
+        sizes = _size([x[images, head].flatten(0, 1) for x in parts])
+        chosen, second = _draw(sizes, count)
+        index = chosen.view(*images.shape, count)[..., None]
+
+        def pick(x: Tensor) -> Tensor:
+            return x[images, head].gather(2, index.expand(*index.shape[:3], x.shape[3]))
+
+        factor = (second.view(*images.shape, count) * first.T[..., None])[..., None]
+        weight = None if self.weight is None else pick(self.weight)
+        return self._sampled(pick(self.a), self.b[images, head], pick(self.output), weight, factor)
+
+    def _sampled(
+        self,
+        a: Tensor,
+        b: Tensor,
+        output: Tensor,
+        weight: Tensor | None,
+        factor: Tensor,
+        blocks: int = 1,
+    ) -> "_Problem":
+        factor = (factor if self.metric == "l1" else factor.sqrt()).float()
         return replace(
-            sampled,
-            a=pick(sampled.a),
+            self,
+            a=a,
+            b=b,
             output=output,
-            weight=weight,
+            weight=factor.expand(*output.shape[:3], 1) if weight is None else weight * factor,
+            integer=self.integer and blocks == 1,
             cost=self.cost * output.numel() / self.output.numel(),
+            blocks=blocks,
             fixed={},
         )
 
@@ -262,13 +299,20 @@ def _bytes(index: Tensor) -> bytes:
     return index.cpu().numpy().tobytes()
 
 
-def _picker(index: Tensor):
-    """A function that takes rows `index [B,H,R]` of a ``[B,H,N,X]`` tensor."""
+def _block_width(columns: int) -> int:
+    """The widest block up to `BLOCK` that divides the columns; all of them if none does."""
+    width = next((w for w in range(min(BLOCK, columns), 7, -1) if columns % w == 0), columns)
+    return width
 
-    def pick(x: Tensor) -> Tensor:
-        return x.gather(2, index[..., None].expand(*index.shape, x.shape[3]))
 
-    return pick
+def _size(parts: list[Tensor]) -> Tensor:
+    """Sampling sizes ``[G, n]``: the sum of an item's shares of what its group has of each part."""
+    return torch.stack([x / x.sum(1, keepdim=True).clamp_min(1e-300) for x in parts]).sum(0)
+
+
+def _indifferent(candidates: Tensor, losses: Tensor) -> Tensor:
+    """Groups whose candidates differ while their losses do not: nothing to choose by."""
+    return (candidates != candidates[0]).any(0) & (losses.amax(0) <= losses.amin(0))
 
 
 def _draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -364,8 +408,9 @@ class _Search:
         self.index: dict[str, Tensor | None] = {"a": None, "b": None}
         self._views: dict[str, View] = {}
         self._losses: dict[tuple, Tensor] = {}
-        self._samples: dict[Stage, _Problem | None] = {}
-        self._importance: Tensor | None = None
+        self._samples: dict[tuple[Stage, bool], _Problem | None] = {}
+        self._rows: list[Tensor] | None = None
+        self._survivors: dict[str, Tensor] = {}
         quantizers = {k: q for k, q in problem.quantizers.items() if q is not None}
         columns = problem.output.shape[3]
         per_column = any(1 < q.grouping.shape[3] == columns for q in quantizers.values())
@@ -378,9 +423,24 @@ class _Search:
         """Evaluate the start scales: the objective, and where in the rows the error is."""
         if is_angle(self.problem.metric):
             return self.objective()
-        self._importance = self.problem.row_loss(self.index["a"], self.index["b"]).double()
+        loss, energy = self.problem.row_loss(self.index["a"], self.index["b"])
         self.evaluations += self.problem.cost
-        return float(self._importance.sum())
+        self._rows = [energy, loss]
+        return float(loss.sum())
+
+    def probe(self) -> None:
+        """Learn which rows suffer from clipping, so that samples contain them."""
+        if self._rows is None:
+            return
+        moved = ("a", "b") if self.problem.output.shape[0] > 1 else ("a",)
+        for part in PROBES:
+            probe = dict(self.index)
+            for operand in moved:
+                quantizer, index = self.problem.quantizers[operand], self.index[operand]
+                if quantizer is not None and index is not None:
+                    probe[operand] = torch.full_like(index, int(part * quantizer.n))
+            self._rows.append(self.problem.row_loss(probe["a"], probe["b"])[0])
+            self.evaluations += self.problem.cost
 
     def objective(self) -> float:
         """The op's loss at the current choice, on all data."""
@@ -392,32 +452,32 @@ class _Search:
         """The best candidate of every group, all evaluated on all data."""
         return self._decide(operand, self._candidates(operand))
 
-    def fast(self, operand: str, later: bool) -> Tensor:
-        """The same by successive halving (see `SCHEDULE`, `LATER_SCHEDULE`)."""
+    def fast(self, operand: str, turn: int) -> Tensor:
+        """The same by successive halving (see `SCHEDULE`) in round `turn`, from 0."""
         current = self.index[operand]
         assert current is not None
-        candidates = self._candidates(operand, NEIGHBOURS if later else None)
-        for stage in LATER_SCHEDULE if later else SCHEDULE:
-            sample = self._sample(stage)
+        candidates = self._survivors.get(operand, self._candidates(operand))
+        skip = 1 if operand in self._survivors else 0
+        for stage in SCHEDULE[skip:]:
+            sample = self._sample(stage, operand)
             if sample is not None and len(candidates) > stage.keep:
                 _, groups = self._evaluate(sample, operand, candidates)
                 best = groups.argsort(dim=0, stable=True)[: stage.keep]
+                best = candidates.gather(0, best)
                 # Without a gradient on the sample a group keeps its choice for now.
-                flat = groups.amax(0) <= groups.amin(0)
-                candidates = torch.where(flat, current, candidates.gather(0, best))
-        if later:
+                candidates = torch.where(_indifferent(candidates, groups), current, best)
+                if turn == 1 and stage is SCHEDULE[0]:
+                    self._survivors[operand] = candidates
+        if turn > 0:
             candidates = torch.cat([candidates, current[None]])
         return self._decide(operand, candidates.sort(0).values)
 
-    def _candidates(self, operand: str, reach: int | None = None) -> Tensor:
-        """Table rows to try, ``[s, *group shape]``: all, or those within `reach` of the choice."""
+    def _candidates(self, operand: str) -> Tensor:
+        """All table rows to try, ``[n, *group shape]``."""
         quantizer, current = self.problem.quantizers[operand], self.index[operand]
         assert quantizer is not None and current is not None
-        count = quantizer.n if reach is None else min(2 * reach + 1, quantizer.n)
-        rows = torch.arange(count, device=current.device).view(-1, *[1] * current.dim())
-        if reach is None:
-            return rows.expand(-1, *current.shape)
-        return (current - reach).clamp(0, quantizer.n - count) + rows
+        rows = torch.arange(quantizer.n, device=current.device).view(-1, *[1] * current.dim())
+        return rows.expand(-1, *current.shape)
 
     def _decide(self, operand: str, candidates: Tensor) -> Tensor:
         """First best candidate on all data; groups for which all are equal keep their choice."""
@@ -427,8 +487,7 @@ class _Search:
         losses, groups = self._evaluate(problem, operand, candidates)
         best = groups.argmin(0, keepdim=True)
         choice = candidates.gather(0, best)[0]
-        if len(candidates) > 1:
-            choice = torch.where(groups.amax(0) <= groups.amin(0), current, choice)
+        choice = torch.where(_indifferent(candidates, groups), current, choice)
         # Groups do not interact: the loss of the mixed choice is known without evaluating it.
         mixed = losses.gather(0, best.expand(1, *losses.shape[1:]))[0]
         self._losses.setdefault(self._key(problem, operand, choice), mixed)
@@ -462,10 +521,15 @@ class _Search:
             *(None if choice[k] is None else _bytes(choice[k]) for k in ("a", "b")),
         )
 
-    def _sample(self, stage: Stage) -> _Problem | None:
-        if stage not in self._samples:
-            self._samples[stage] = self.problem.sample(stage, self._importance)
-        return self._samples[stage]
+    def _sample(self, stage: Stage, operand: str) -> _Problem | None:
+        quantizer = self.problem.quantizers[operand]
+        assert quantizer is not None
+        batch, heads, _, columns = self.problem.output.shape
+        in_blocks = batch == heads == 1 and 1 < quantizer.grouping.shape[3] == columns
+        key = (stage, in_blocks)
+        if key not in self._samples:
+            self._samples[key] = self.problem.sample(stage, self._rows, in_blocks)
+        return self._samples[key]
 
 
 def search(
@@ -519,6 +583,8 @@ def search(
         return SearchResult(starts[0], starts[1], 0.0, 0.0, 0.0)
     state = _Search(problem)
     before = state.start()
+    if strategy == "fast":
+        state.probe()
     searched_with: dict[str, bytes] = {}  # the other operand's choice at the last search
     for turn in range(rounds):
         for operand, other in zip(order, reversed(order), strict=True):
@@ -530,7 +596,7 @@ def search(
             if strategy == "exhaustive":
                 state.index[operand] = state.exhaustive(operand)
             else:
-                state.index[operand] = state.fast(operand, later=turn > 0)
+                state.index[operand] = state.fast(operand, turn)
     after = state.objective()
     return SearchResult(
         state.index["a"], state.index["b"], before, after, round(state.evaluations, 3)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptq4vit_plugin.algorithms.gradient import Gradient, probe_loss
-from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.algorithms.gradient import Gradient, output_loss, probe_loss
+from ptq4vit_plugin.errors import DataError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.integrations.nncf.hooks import watching
 from ptq4vit_plugin.plan import FoundOp
 
@@ -166,6 +167,8 @@ def record(
         def see(y: Tensor) -> None:
             fisher = torch.zeros_like(y, dtype=torch.float32, requires_grad=False)
             recorded[name].fisher.append(fisher)
+            if not y.requires_grad:
+                return  # computed from constants: no image reaches it
             # A tensor hook, unlike torch.autograd.grad, still speaks of this value when the model
             # goes on to write into it in place (an in-place activation function, a residual added
             # in place).
@@ -177,15 +180,15 @@ def record(
         (op.name, port): keep_input(op.name, port)
         for op in ops
         for port, source in op.sources.items()
-        if source.parameter is None or op.kind == "matmul"
+        if source.parameter is None
     }
     outputs = {op.name: keep_squared_gradient(op.name) for op in ops} if gradient else {}
     with watching(model, inputs, outputs), _frozen(model):
         for batch in data:
             with torch.set_grad_enabled(gradient is not None):
-                result = _run(model, batch.to(model), needs_grad=gradient is not None)
+                result = run(model, batch.to(model), needs_grad=gradient is not None)
                 if gradient:
-                    _backward(_logits(result), gradient, generator, batch.labels)
+                    _backward(outputs_of(model, result), gradient, generator, batch.labels)
             progress()
     if gradient:
         _check(recorded)
@@ -214,6 +217,8 @@ def token_weights(
         def see(y: Tensor) -> None:
             total = torch.zeros_like(y.detach().movedim(channel, -1)[..., 0].float()).flatten()
             kept[op.name].append(total)
+            if not y.requires_grad:
+                return  # computed from constants: no image reaches it
             # The hook returns None: autograd's own gradient goes on unchanged.
             y.register_hook(lambda grad: add(total, grad.float().square().mean(channel)))
 
@@ -222,21 +227,43 @@ def token_weights(
     with watching(model, {}, {op.name: keep(op) for op in ops}), _frozen(model):
         for batch in data:
             with torch.enable_grad():
-                result = _run(model, batch.to(model), needs_grad=True)
-                _backward(_logits(result), gradient, generator, batch.labels)
+                result = run(model, batch.to(model), needs_grad=True)
+                _backward(outputs_of(model, result), gradient, generator, batch.labels)
     return {name: torch.cat(parts) for name, parts in kept.items() if parts}
 
 
-def _run(model: nn.Module, batch: Batch, needs_grad: bool) -> Any:
+def run(model: nn.Module, batch: Batch, needs_grad: bool = False) -> Any:
+    """The model's result for a batch that is on its device.
+
+    Parameters
+    ----------
+    needs_grad
+        Attach the images to the autograd graph.
+
+    Raises
+    ------
+    DataError
+        The model cannot take the images.
+    """
+
     def attach(value: Any) -> Any:
         # Parameters are frozen, so it is the images that make autograd follow the forward pass.
         if needs_grad and isinstance(value, Tensor) and value.is_floating_point():
             return value.detach().requires_grad_()
         return value
 
-    try:
+    with taken_by_the_model(batch):
         return model(*map(attach, batch.args), **{k: attach(v) for k, v in batch.kwargs.items()})
+
+
+@contextmanager
+def taken_by_the_model(batch: Batch) -> Iterator[None]:
+    """Turn what a model raises on images that it cannot take into a `DataError`."""
+    try:
+        yield
     except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, PTQ4ViTError):
+            raise
         shapes = [
             tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)
         ]
@@ -246,23 +273,63 @@ def _run(model: nn.Module, batch: Batch, needs_grad: bool) -> Any:
         ) from error
 
 
-def _logits(result: Any) -> Tensor:
-    """The class scores among a model's outputs: the output itself, or the first of several."""
-    while isinstance(result, (tuple, list, dict)):
-        result = next(iter(result.values())) if isinstance(result, dict) else result[0]
-    return result if result.ndim == 2 else result.flatten(1)
+@dataclass
+class Outputs:
+    """What a model returns: class scores ``[B, classes]``, or tensors of any other meaning."""
+
+    tensors: list[Tensor]
+    are_logits: bool
+
+
+def outputs_of(model: nn.Module, result: Any) -> Outputs:
+    """Tell class scores from features.
+
+    ``logits`` in a mapping are class scores, and so is an output, or the first of several, of two
+    dimensions, unless the model says that it has no classes (``num_classes == 0``, as timm's do).
+
+    Raises
+    ------
+    ModelError
+        There is no floating-point tensor in the result.
+    """
+    if isinstance(result, Mapping) and isinstance(result.get("logits"), Tensor):
+        return Outputs([result["logits"]], are_logits=True)
+    tensors = list(_tensors(result))
+    if not tensors:
+        raise ModelError(f"the model returns no tensor but {type(result).__name__}")
+    if tensors[0].ndim == 2 and getattr(model, "num_classes", None) != 0:
+        return Outputs(tensors[:1], are_logits=True)
+    return Outputs(tensors, are_logits=False)
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        if result.is_floating_point():
+            yield result
+    elif isinstance(result, Mapping):
+        yield from _tensors(list(result.values()))
+    elif isinstance(result, (tuple, list)):
+        for value in result:
+            yield from _tensors(value)
 
 
 def _backward(
-    logits: Tensor, gradient: Gradient, generator: torch.Generator, labels: Tensor | None
+    outputs: Outputs, gradient: Gradient, generator: torch.Generator, labels: Tensor | None
 ) -> None:
+    if gradient.kind == "labels" and not outputs.are_logits:
+        raise DataError(
+            "gradient.kind is 'labels' but the model returns no class scores; use 'output'"
+        )
     if gradient.kind == "labels" and labels is None:
         raise DataError(
             "gradient.kind is 'labels' but the calibration data has none; give "
             "(images, labels) batches, or use 'fisher' or 'gauss_newton'"
         )
     for probe in range(gradient.probes):
-        loss = probe_loss(logits, gradient.kind, generator, labels)
+        if gradient.kind == "output" or not outputs.are_logits:
+            loss = output_loss(outputs.tensors, generator)
+        else:
+            loss = probe_loss(outputs.tensors[0], gradient.kind, generator, labels)
         loss.backward(retain_graph=probe + 1 < gradient.probes)
 
 
@@ -274,8 +341,8 @@ def _check(recorded: dict[str, Recorded]) -> None:
             )
     if recorded and not any(value.any() for seen in recorded.values() for value in seen.fisher):
         raise ModelError(
-            "the gradient is zero at every op, so nothing can be ranked; the model's output does not "
-            "depend on its ops, or its softmax is saturated: use metric 'mse' or 'cosine'"
+            "the gradient is zero at every op, so nothing can be ranked; the model's output does "
+            "not depend on its ops, or its softmax is saturated: use metric 'mse' or 'cosine'"
         )
 
 

@@ -1,0 +1,112 @@
+"""Recorded operands are the model's own, and recorded gradients estimate the Fisher information."""
+
+import copy
+
+import pytest
+import torch
+from models import images, small_vit
+from torch import nn
+
+from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.integrations.device import available_devices
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.capture import batches, record
+from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+
+
+def prepared(device="cpu"):
+    model = small_vit().to(device)
+    unfuse_attention(model)
+    x = images(1)[0].to(device)
+    return hooks.wrap(model), find_ops(hooks.trace(model, x), len(x))[0]
+
+
+@pytest.mark.parametrize("device", available_devices())
+def test_inputs_are_what_the_modules_see(device):
+    model, ops = prepared(device)
+    data = batches(images(2))
+    seen = {}
+    for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc2", "head"):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.setdefault(name, []).append(args[0].detach())
+        )
+    recorded = record(model, data, ops, None)
+    for name, values in seen.items():
+        op = recorded[f"{name.replace('.', '/')}/linear/0"]
+        assert all(torch.equal(a, b) for a, b in zip(op.inputs[0], values, strict=True))
+        assert op.inputs[1] == [] and op.fisher == []
+    scores = recorded["blocks/0/attn/matmul/0"]
+    assert [tuple(x.shape) for x in scores.inputs[1]] == [(4, 3, 16, 17)] * 2
+
+
+def exact_fisher(model, name, x):
+    """Fisher diagonal at a module's output: one backward pass per class, softmax-weighted."""
+    outputs = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, a, y: outputs.append(y))
+    logits = model(x.requires_grad_())
+    handle.remove()
+    log_probabilities = logits.log_softmax(-1)
+    total = torch.zeros_like(outputs[0])
+    for c in range(logits.shape[1]):
+        (grad,) = torch.autograd.grad(log_probabilities[:, c].sum(), outputs[0], retain_graph=True)
+        weight = log_probabilities[:, c].exp().reshape(-1, *[1] * (grad.ndim - 1))
+        total += weight * grad.square()
+    return total.detach()
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gauss_newton"])
+def test_estimate_approaches_the_exact_fisher_as_one_over_root_probes(kind, digits):
+    model = copy.deepcopy(digits[0])
+    # The trained model is so sure of most digits that hardly a sampled label differs: the images
+    # are blended with others, as uncertain as those near a decision.
+    x = (digits[2][:8] + digits[2][8:16]) / 2
+    name = "blocks.1.mlp.fc1"
+    exact = exact_fisher(model, name, x.clone())
+    hooks.wrap(model)
+    ops = find_ops(hooks.trace(model, x), len(x))[0]
+    op = [op for op in ops if op.name == "blocks/1/mlp/fc1/linear/0"]
+
+    def error(probes):
+        estimates = [
+            record(model, batches([x]), op, Gradient(kind=kind, probes=probes, seed=seed))[
+                op[0].name
+            ].fisher[0]
+            for seed in range(6)
+        ]
+        squares = [(e - exact).square().sum() / exact.square().sum() for e in estimates]
+        return torch.stack(squares).mean().sqrt().item()
+
+    few, many = error(4), error(64)
+    assert many < 0.35
+    # Sixteen times the probes: a quarter of the error, within the noise of six draws.
+    assert 2.6 < few / many < 6
+
+
+def test_in_place_activation_after_an_op_does_not_change_its_gradient():
+    class Net(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.act, self.head = nn.Linear(6, 8), nn.ReLU(inplace), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.act(self.first(x)))
+
+    def fisher(inplace):
+        model = hooks.wrap(Net(inplace))
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+        ops = find_ops(hooks.trace(model, x), 5)[0]
+        return record(model, batches([x]), ops, Gradient())["first/linear/0"].fisher[0]
+
+    assert torch.equal(fisher(True), fisher(False))
+    assert fisher(True).any()
+
+
+def test_model_is_left_as_it_was():
+    model, ops = prepared()
+    model.train()
+    trainable = [p.requires_grad for p in model.parameters()]
+    record(model, batches(images(1)), ops, Gradient())
+    assert model.training and [p.requires_grad for p in model.parameters()] == trainable
+    assert all(p.grad is None for p in model.parameters()) and list(hooks.hooks(model)) == []

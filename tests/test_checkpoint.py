@@ -1,0 +1,187 @@
+"""Saving and loading: bit-identical logits, and one clear line for every file that is not right."""
+
+import json
+import subprocess
+import sys
+
+import nncf
+import pytest
+import timm
+import torch
+from models import ARGS, images, small_vit
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin.checkpoint import FORMAT_VERSION
+from ptq4vit_plugin.errors import CheckpointError, PTQ4ViTError
+
+RECIPE = {"name": "vit_tiny_patch16_224", "args": {**ARGS, "depth": 1}}
+ALLOWED = ("nncf.*", "ptq4vit_plugin.*")
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return ptq.quantize(small_vit(), images(), {"algorithm": "ptq4vit", "rounds": 1})
+
+
+@pytest.fixture(scope="module")
+def saved(quantized, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    return ptq.save(quantized, path, recipe=RECIPE)
+
+
+def edited(saved, target, change):
+    """A copy of a checkpoint with its metadata changed."""
+    with safe_open(saved, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        content = json.loads(file.metadata()["ptq4vit"])
+    change(content)
+    save_file(tensors, target, {"ptq4vit": json.dumps(content)})
+    return target
+
+
+def test_a_new_process_computes_the_same_logits_bit_for_bit(quantized, saved, tmp_path):
+    x = images(1)[0]
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    script = (
+        "import sys, torch, ptq4vit_plugin as ptq\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "model = ptq.load(sys.argv[1])\n"
+        "with torch.no_grad():\n"
+        "    save_file({'y': model(load_file(sys.argv[2])['x'])}, sys.argv[3])\n"
+    )
+    files = [saved, tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
+    subprocess.run(
+        [sys.executable, "-c", script, *map(str, files)], check=True, capture_output=True
+    )
+    with safe_open(files[2], "pt") as file:
+        assert torch.equal(file.get_tensor("y"), quantized(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 1}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 28, "depths": (1, 1), "embed_dim": 24}),
+    ],
+)
+def test_other_families(name, args, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **args).eval()
+    x = torch.randn(2, 3, args["img_size"], args["img_size"])
+    result = ptq.quantize(model, [x], {"algorithm": "ptq4vit", "rounds": 1})
+    path = ptq.save(
+        result, tmp_path / "m.safetensors", {"name": name, "args": {**args, "num_classes": 5}}
+    )
+    assert torch.equal(ptq.load(path)(x), result(x))
+
+
+def test_the_description_is_saved_with_the_model(quantized, saved):
+    assert ptq.describe(ptq.load(saved)) == ptq.describe(quantized)
+
+
+def test_nncfs_own_way_of_saving(quantized):
+    config = json.loads(json.dumps(nncf.torch.get_config(quantized)))
+    fresh = small_vit(seed=9)
+    for module in fresh.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    loaded = nncf.torch.load_from_config(fresh, config, allowed_modules=ALLOWED)
+    loaded.load_state_dict(quantized.state_dict())
+    x = images(1)[0]
+    assert torch.equal(loaded.eval()(x), quantized(x))
+
+
+def test_without_a_recipe_a_model_is_needed(quantized, tmp_path):
+    path = ptq.save(quantized, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="does not say how its model is built"):
+        ptq.load(path)
+    x = images(1)[0]
+    assert torch.equal(ptq.load(path, small_vit(seed=3))(x), quantized(x))
+
+
+def test_a_float_model_is_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="has no quantizers"):
+        ptq.save(small_vit(), tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing.safetensors"):
+        ptq.load(tmp_path / "nothing.safetensors")
+    text = tmp_path / "text.safetensors"
+    text.write_text("not tensors")
+    with pytest.raises(CheckpointError, match="cannot be read as a .safetensors file"):
+        ptq.load(text)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(1)}, foreign)
+    with pytest.raises(CheckpointError, match="was not written by ptq4vit"):
+        ptq.load(foreign)
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
+def test_truncated(saved, tmp_path, kept):
+    content = saved.read_bytes()
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(CheckpointError, match="short.safetensors"):
+        ptq.load(short)
+
+
+def test_of_another_model(saved):
+    with pytest.raises(CheckpointError, match="is of another model"):
+        ptq.load(saved, small_vit(depth=2))
+    with pytest.raises(CheckpointError, match="is of another model"):
+        ptq.load(saved, small_vit(embed_dim=24))
+
+
+def test_newer_format(saved, tmp_path):
+    path = edited(saved, tmp_path / "m.safetensors", lambda c: c.update(format_version=99))
+    with pytest.raises(CheckpointError, match=f"format version 99.*version {FORMAT_VERSION}"):
+        ptq.load(path)
+
+
+def test_module_outside_the_allow_list(saved, tmp_path):
+    def change(content):
+        content["nncf"]["compression_state"][0].update(module_path="os", module_cls_name="system")
+
+    path = edited(saved, tmp_path / "m.safetensors", change)
+    with pytest.raises(CheckpointError, match="untrusted path 'os'"):
+        ptq.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["nncf"]["compression_state"][0].update(module_config={}),
+        lambda c: c["nncf"].clear(),
+        lambda c: c.update(unknown=1),
+        lambda c: c["recipe"].update(name="no_such_model"),
+    ],
+)
+def test_damaged_metadata(saved, tmp_path, change):
+    path = edited(saved, tmp_path / "m.safetensors", change)
+    with pytest.raises(PTQ4ViTError):
+        ptq.load(path)
+
+
+def test_unwritable_place_and_nothing_half_written(quantized, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("here")
+    with pytest.raises(PTQ4ViTError, match="cannot write"):
+        ptq.save(quantized, blocked / "m.safetensors")
+
+    from ptq4vit_plugin import checkpoint
+
+    def fail(state, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    before = tmp_path / "m.safetensors"
+    before.write_text("earlier")
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        ptq.save(quantized, before)
+    assert before.read_text() == "earlier"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m.safetensors"]

@@ -1,0 +1,153 @@
+"""The command line on the digits model: what is written, printed and refused."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin.cli import app
+
+ROOT = Path(__file__).parents[1]
+CONFIG = yaml.safe_load((ROOT / "examples" / "digits" / "ptq4vit.yaml").read_text())
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return call
+
+
+def config_file(folder, **changes):
+    """The example's config, shortened, with some sections changed."""
+    content = {
+        **CONFIG,
+        "data": {**CONFIG["data"], "evaluation": {"split": "val", "samples": 40}},
+        "compression": {"algorithm": "ptq4vit", "rounds": 1},
+        "output": str(folder / "run"),
+        **changes,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def assert_refused(result, *words):
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        result = CliRunner().invoke(app, ["quantize", str(config_file(folder))])
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+def test_quantize_writes_checkpoint_results_and_resolved_config(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"model.safetensors", "results.json", "config.yaml"} <= names
+    results = json.loads((finished / "results.json").read_text())
+    assert results["metrics"]["images"] == 40
+    assert results["metrics"]["sqnr_db"] > 20
+    assert len(results["calibration"]["ops"]) == 26
+    resolved = yaml.safe_load((finished / "config.yaml").read_text())
+    assert resolved["compression"][0]["weights"]["granularity"] == "channel"
+
+
+def test_the_resolved_config_is_a_config(finished, run):
+    assert run("config", finished / "config.yaml").exit_code == 0
+
+
+def test_evaluate_repeats_the_measurement(finished, run):
+    result = run("evaluate", finished / "model.safetensors")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((finished / "results.json").read_text())["metrics"]
+    assert re.search(rf"logit SQNR\s+{metrics['sqnr_db']:.2f} dB", result.output)
+
+
+def test_describe_lists_every_op(finished, run):
+    result = run("describe", finished / "model.safetensors")
+    assert result.exit_code == 0
+    for record in ptq.describe(ptq.load(finished / "model.safetensors")):
+        assert record.name in result.output
+
+
+def test_plan_calibrates_nothing_and_shows_reasons(tmp_path, run):
+    compression = {"algorithm": "ptq4vit", "ignored_scopes": ["head/linear/0"]}
+    result = run("plan", config_file(tmp_path, compression=compression))
+    assert result.exit_code == 0
+    assert "blocks/3/attn/matmul/1" in result.output and "twin_softmax" in result.output
+    assert re.search(r"head/linear/0.*left out: listed in ignored_scopes", result.output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_that_cannot_be_written(tmp_path, run):
+    (tmp_path / "run").write_text("a file")
+    assert_refused(run("quantize", config_file(tmp_path)), "cannot write", "run")
+
+
+def test_unreadable_image_in_a_folder(tmp_path, run):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (20, 20), (40 * index, 9, 9)).save(folder / f"{index}.png")
+    (tmp_path / "data" / "train" / "a" / "1.png").write_bytes(b"not an image")
+    data = {
+        "source": "folder",
+        "root": str(tmp_path / "data"),
+        "calibration": {"split": "train", "samples": 4},
+    }
+    model = {
+        "name": "vit_tiny_patch16_224",
+        "args": {"img_size": 16, "patch_size": 8, "depth": 1, "num_classes": 2},
+    }
+    path = config_file(tmp_path, data=data, model=model)
+    assert_refused(run("quantize", path), "1.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"name": "vit_tiny_patch16"}}, ["'vit_tiny_patch16' is not a timm model"]),
+        ({"model": {**CONFIG["model"], "checkpoint": "missing.safetensors"}}, ["missing"]),
+        ({"model": {**CONFIG["model"], "checkpoint": "model.pth"}}, ["not a .safetensors file"]),
+        ({"model": {"name": "vit_tiny_patch16_224", "args": {"no_such": 1}}}, ["no_such"]),
+        ({"compresion": {}}, ["compresion", "did you mean 'compression'"]),
+        ({"data": {"source": "digit"}}, ["data.source", "did you mean 'digits'"]),
+        (
+            {"data": {**CONFIG["data"], "calibration": {"samples": 5000}}},
+            ["5000"],
+        ),
+    ],
+)
+def test_bad_config(tmp_path, run, change, words):
+    assert_refused(run("quantize", config_file(tmp_path, **change)), *words)
+
+
+def test_weights_of_another_model(tmp_path, run):
+    model = {**CONFIG["model"], "args": {**CONFIG["model"]["args"], "depth": 2}}
+    assert_refused(run("plan", config_file(tmp_path, model=model)), "does not fit the model")
+
+
+def test_checkpoint_that_is_none(tmp_path, run):
+    (tmp_path / "m.safetensors").write_bytes(b"12345678901234567890")
+    assert_refused(run("describe", tmp_path / "m.safetensors"), "m.safetensors")
+    assert_refused(run("evaluate", tmp_path / "m.safetensors"), "m.safetensors")

@@ -1,0 +1,417 @@
+"""Data sources, subsets, batches, and every way in which images can be bad."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+from torch import nn
+
+from ptq4vit_plugin.data import (
+    UnreadableImage,
+    calibration_images,
+    check_images,
+    folder,
+    loader,
+    npz,
+    open_dataset,
+    selection,
+)
+from ptq4vit_plugin.errors import DataError
+from ptq4vit_plugin.integrations.timm.images import image_transform
+
+
+def small_model(**changes):
+    args = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=3)
+    return timm.create_model("vit_tiny_patch16_224", **{**args, **changes})
+
+
+def section(source, root=None, **options):
+    return SimpleNamespace(source=source, root=root, options=options)
+
+
+def write_image(path, value, size=(20, 20)):
+    """A photograph-like file whose first pixels say which one it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((*size, 3), value, np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """3 classes of 4 images each in train, 3 in val, every image of another grey value."""
+    value = 0
+    for split, count in (("train", 4), ("val", 3)):
+        for name in ("bird", "cat", "dog"):
+            for number in range(count):
+                write_image(tmp_path / split / name / f"{number}.png", value)
+                value += 10
+    return tmp_path
+
+
+def ready(value):
+    """What vit_tiny's transform (mean and standard deviation 0.5) makes of a grey value."""
+    return (value / 255 - 0.5) / 0.5
+
+
+# --- the transform -------------------------------------------------------------------------------
+
+
+def test_the_transform_is_timms_with_the_models_own_size():
+    model = small_model()
+    noise = np.random.RandomState(0).randint(0, 256, (40, 50, 3)).astype(np.uint8)
+    image = Image.fromarray(noise)
+    config = {
+        **timm.data.resolve_model_data_config(model),
+        "input_size": (3, 16, 16),
+    }
+    expected = timm.data.create_transform(**config, is_training=False)(image)
+    assert torch.equal(image_transform(model)(image), expected)
+    assert expected.shape == (3, 16, 16)
+
+
+def test_grey_models_get_one_channel_and_rgb_models_three():
+    grey = Image.fromarray(np.full((9, 9), 51, np.uint8))
+    for channels in (1, 3):
+        out = image_transform(small_model(in_chans=channels))(grey)
+        assert out.shape == (channels, 16, 16)
+        assert torch.allclose(out, torch.full_like(out, ready(51)), atol=1e-6)
+
+
+def test_a_model_of_five_channels_refuses_images():
+    with pytest.raises(DataError, match="5 channels"):
+        image_transform(small_model(in_chans=5))(Image.new("RGB", (16, 16)))
+
+
+# --- digits --------------------------------------------------------------------------------------
+
+
+def test_digits_split_is_80_20_without_overlap():
+    model = small_model(in_chans=1, num_classes=10)
+    train = open_dataset(section("digits"), "train", model)
+    val = open_dataset(section("digits"), "val", model)
+    assert (len(train), len(val)) == (1438, 359)
+    assert not set(train.names) & set(val.names)
+    assert set(train.labels) == set(val.labels) == set(range(10))
+    image, label = val[0]
+    assert image.shape == (1, 16, 16) and image.dtype == torch.float32 and isinstance(label, int)
+    # the committed model was trained on the rest, so these indices must never change
+    assert val.names[:3] == ["digits[0004]", "digits[0005]", "digits[0006]"]
+    assert sum(int(name[7:11]) for name in val.names) == 310_077
+
+
+def test_digits_unknown_split():
+    with pytest.raises(
+        DataError, match="'vall' of digits; allowed: train, val; did you mean 'val'"
+    ):
+        open_dataset(section("digits"), "vall", small_model())
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def test_folder_labels_and_pixels(photos):
+    dataset = open_dataset(section("folder", photos), "val", small_model())
+    assert dataset.names == [f"{c}/{n}.png" for c in ("bird", "cat", "dog") for n in range(3)]
+    images, labels = next(iter(loader(dataset)))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    expected = torch.tensor([ready(120 + 10 * i) for i in range(9)])
+    assert torch.allclose(images.mean((1, 2, 3)), expected, atol=1e-5)
+
+
+def test_folder_split_synonyms_and_root_itself(photos):
+    model = small_model()
+    assert len(open_dataset(section("folder", photos), "validation", model)) == 9
+    assert len(open_dataset(section("folder", photos / "val"), ".", model)) == 9
+    with pytest.raises(DataError, match=r"'test'.*allowed: train, val, or '\.'"):
+        open_dataset(section("folder", photos), "test", model)
+
+
+def test_a_subset_of_imagenet_is_labelled_by_wnid(tmp_path):
+    # the first, second and last class of ImageNet-1k and one in the middle, by the published order
+    expected = {"n01440764": 0, "n01443537": 1, "n02123045": 281, "n15075141": 999}
+    for value, wnid in enumerate(expected):
+        write_image(tmp_path / "val" / wnid / "a.png", value)
+    model = small_model(num_classes=1000)
+    _, labels = next(iter(loader(open_dataset(section("folder", tmp_path), "val", model))))
+    assert labels.tolist() == list(expected.values())
+
+
+def test_wnids_stay_plain_folders_for_a_model_of_as_many_classes(tmp_path):
+    for wnid in ("n01440764", "n02123045", "n15075141"):
+        write_image(tmp_path / "val" / wnid / "a.png", 0)
+    dataset = open_dataset(section("folder", tmp_path), "val", small_model(num_classes=3))
+    assert [label for _, label in dataset] == [0, 1, 2]
+
+
+def test_a_wnid_that_is_no_class_of_the_model(tmp_path):
+    write_image(tmp_path / "val" / "n99999999" / "a.png", 0)
+    dataset = open_dataset(section("folder", tmp_path), "val", small_model(num_classes=1000))
+    with pytest.raises(DataError, match="n99999999"):
+        loader(dataset)
+
+
+def test_labels_that_do_not_fit_are_an_error_for_evaluation_only(photos):
+    dataset = open_dataset(section("folder", photos), "train", small_model(num_classes=7))
+    with pytest.raises(DataError, match="3 classes.*model has 7.*class_map"):
+        loader(dataset)
+    assert calibration_images(dataset, 4).get_length() == 1
+
+
+def test_class_map_gives_the_models_order(photos):
+    (photos / "classes.txt").write_text("dog\nfish\nbird\ncat\n")
+    config = section("folder", photos, class_map="classes.txt")
+    dataset = open_dataset(config, "val", small_model(num_classes=4))
+    assert [label for _, label in dataset] == [2, 2, 2, 3, 3, 3, 0, 0, 0]
+    (photos / "classes.txt").write_text("dog\nbirds\ncat\n")
+    with pytest.raises(DataError, match="does not list class 'bird'; did you mean 'birds'"):
+        open_dataset(config, "val", small_model(num_classes=3))
+
+
+def test_flat_folder_with_a_label_file(tmp_path):
+    for number in range(3):
+        write_image(tmp_path / "val" / f"{number}.png", number)
+    config = section("folder", tmp_path, labels="labels.txt")
+    (tmp_path / "labels.txt").write_text("0.png 2\n1.png 0\n2.png 2\n")
+    assert [label for _, label in open_dataset(config, "val", small_model())] == [2, 0, 2]
+    (tmp_path / "labels.txt").write_text("0.png n01443537\n1.png n01440764\n2.png n01443537\n")
+    imagenet = small_model(num_classes=1000)
+    assert [label for _, label in open_dataset(config, "val", imagenet)] == [1, 0, 1]
+    (tmp_path / "labels.txt").write_text("0.png 2\n")
+    with pytest.raises(DataError, match=r"no line for image 1\.png"):
+        open_dataset(config, "val", small_model())
+    flat = open_dataset(section("folder", tmp_path), "val", small_model())
+    with pytest.raises(DataError, match="no class folders"):
+        loader(flat)
+
+
+def test_missing_root_and_empty_folder(tmp_path):
+    model = small_model()
+    with pytest.raises(DataError, match="data.root is missing"):
+        open_dataset(section("folder"), "val", model)
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        open_dataset(section("folder", tmp_path / "nowhere"), "val", model)
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="0 images.*val"):
+        open_dataset(section("folder", tmp_path), "val", model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is a file"):
+        open_dataset(section("folder", tmp_path / "file"), "val", model)
+
+
+# --- unreadable images ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corrupt(photos):
+    """The photos, three of whose validation files are cut off, empty and no image at all."""
+    names = ["bird/1.png", "cat/0.png", "dog/2.png"]
+    whole = (photos / "val" / names[0]).read_bytes()
+    (photos / "val" / names[0]).write_bytes(whole[: len(whole) // 2])
+    (photos / "val" / names[1]).write_bytes(b"")
+    (photos / "val" / names[2]).write_bytes(b"<html>404</html>" * 20)
+    return open_dataset(section("folder", photos), "val", small_model()), names
+
+
+def test_an_unreadable_image_is_named(corrupt):
+    dataset, names = corrupt
+    for name in names:
+        with pytest.raises(UnreadableImage, match=name):
+            dataset[dataset.names.index(name)]
+
+
+def test_all_corrupt_files_are_named_and_nothing_else(corrupt):
+    dataset, names = corrupt
+    with pytest.raises(DataError, match="3 unreadable images") as error:
+        list(loader(dataset))
+    assert [name for name in dataset.names if name in str(error.value)] == names
+    with pytest.raises(DataError, match="3 unreadable images"):
+        calibration_images(dataset, 9)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_files_are_skipped_up_to_a_limit(corrupt, workers):
+    dataset, names = corrupt
+    batches = loader(dataset, 4, skip_unreadable=3, workers=workers)
+    labels = torch.cat([labels for _, labels in batches])
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batches.unreadable == names
+    with pytest.raises(DataError, match=r"allowed: 2"):
+        list(loader(dataset, 4, skip_unreadable=2, workers=workers))
+
+
+def test_calibration_replaces_what_it_skips(corrupt):
+    dataset, names = corrupt
+    batches = list(calibration_images(dataset, 6, skip_unreadable=3).get_inference_data())
+    assert sum(len(batch) for batch in batches) == 6
+    with pytest.raises(DataError, match="7 samples asked for and 6 of 9"):
+        calibration_images(dataset, 7, skip_unreadable=3)
+
+
+# --- arrays --------------------------------------------------------------------------------------
+
+
+def test_arrays_of_bytes_get_the_transform_and_floats_do_not(tmp_path):
+    pixels = np.arange(4 * 16 * 16 * 3, dtype=np.uint8).reshape(4, 16, 16, 3)
+    floats = np.random.RandomState(0).randn(4, 3, 16, 16)
+    labels = np.array([2, 0, 1, 1])
+    np.savez(tmp_path / "bytes.npz", images=pixels, labels=labels)
+    save_file({"images": floats, "labels": labels}, tmp_path / "floats.safetensors")
+    model = small_model()
+    images, targets = next(
+        iter(loader(open_dataset(section("npz", tmp_path / "bytes.npz"), "val", model)))
+    )
+    expected = torch.stack([image_transform(model)(Image.fromarray(array)) for array in pixels])
+    assert torch.equal(images, expected) and targets.tolist() == labels.tolist()
+    dataset = open_dataset(section("npz", tmp_path / "floats.safetensors"), "val", model)
+    assert torch.equal(next(iter(loader(dataset)))[0], torch.tensor(floats, dtype=torch.float32))
+
+
+def test_array_names_follow_the_split(tmp_path):
+    path = tmp_path / "all.npz"
+    grey = {
+        f"{split}_images": np.full((2, 8, 8), v, np.uint8) for split, v in (("a", 0), ("b", 255))
+    }
+    np.savez(path, **grey, other=np.zeros((2, 8, 8), np.uint8), y_b=np.array([1, 2]))
+    model = small_model()
+    for split, value in (("a", -1), ("b", 1)):
+        image, label = open_dataset(section("npz", path), split, model)[0]
+        assert torch.allclose(image, torch.full_like(image, value)) and label == -1
+    named = open_dataset(section("npz", path, images="other", labels="y_{split}"), "b", model)
+    assert [label for _, label in named] == [1, 2] and named[0][0].max() == -1
+    with pytest.raises(DataError, match="no array 'othr'; allowed: .*; did you mean 'other'"):
+        open_dataset(section("npz", path, images="othr"), "b", model)
+    with pytest.raises(DataError, match="no labels"):
+        loader(open_dataset(section("npz", path), "a", model))
+
+
+def test_a_folder_of_arrays_is_read_by_split(tmp_path):
+    np.savez(tmp_path / "val.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.zeros(2, int))
+    assert len(npz(section("npz", tmp_path), "val", None)) == 2
+    with pytest.raises(DataError, match=r"neither train\.npz nor train\.safetensors"):
+        npz(section("npz", tmp_path), "train", None)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((2, 3, 8, 8), np.uint8), np.zeros(2, int), r"8 channels.*allowed: 1, 3 or 4"),
+        (np.zeros((2, 8), np.uint8), np.zeros(2, int), r"uint8 \[2, 8\]; allowed"),
+        (np.zeros((2, 8, 8, 3), np.int64), np.zeros(2, int), r"int64 .*allowed"),
+        (np.zeros((2, 8, 8, 3), np.uint8), np.zeros(3, int), r"\[3\]; allowed: integers \[2\]"),
+        (np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2), "float64"),
+        (np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int), "no images"),
+    ],
+)
+def test_arrays_of_wrong_shape_or_type(tmp_path, images, labels, message):
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    with pytest.raises(DataError, match=message):
+        open_dataset(section("npz", tmp_path / "a.npz"), "val", small_model())
+
+
+def test_unreadable_array_files(tmp_path):
+    np.savez(tmp_path / "cut.npz", images=np.zeros((9, 9, 9, 3), np.uint8))
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:100])
+    (tmp_path / "text.safetensors").write_text("hello")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "pickle.npz", images=np.array([{"a": 1}], dtype=object))
+    for name in ("cut.npz", "text.safetensors", "array.npy", "pickle.npz"):
+        with pytest.raises(DataError, match=name):
+            npz(section("npz", tmp_path / name), "val", None)
+
+
+@pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "infinite")])
+def test_an_image_that_is_not_finite_is_named(tmp_path, bad, word):
+    images = np.zeros((12, 3, 16, 16), np.float32)
+    images[7, 1, 2, 3] = bad
+    np.savez(tmp_path / "a.npz", images=images, labels=np.zeros(12, int))
+    dataset = open_dataset(section("npz", tmp_path / "a.npz"), "train", small_model())
+    with pytest.raises(DataError, match=rf"a\.npz:images\[07\] has {word}"):
+        list(loader(dataset, 5))
+    with pytest.raises(DataError, match=rf"images\[07\] has {word}"):
+        calibration_images(dataset, 12)
+
+
+# --- subsets -------------------------------------------------------------------------------------
+
+
+class Listed:
+    """Ten images whose names are listed in some order; the image says which it is."""
+
+    def __init__(self, order):
+        self.order = order
+        self.names = [f"image{number}" for number in order]
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, index):
+        number = self.order[index]
+        return torch.full((1, 2, 2), float(number)), number
+
+
+def test_the_calibration_subset_does_not_depend_on_the_order_of_files():
+    forward, backward = Listed(list(range(10))), Listed([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
+    one = list(calibration_images(forward, 7, seed=5, batch_size=3).get_data())
+    two = list(calibration_images(backward, 7, seed=5, batch_size=3).get_data())
+    assert [len(images) for images, _ in one] == [3, 3, 1]
+    for (images, labels), (other_images, other_labels) in zip(one, two, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+        assert torch.equal(images[:, 0, 0, 0].long(), labels)
+    expected = np.random.RandomState(5).permutation(10)[:7]
+    assert torch.cat([labels for _, labels in one]).tolist() == expected.tolist()
+
+
+def test_seeds_choose_different_images_and_labels_are_left_out_for_the_model():
+    dataset = Listed(list(range(10)))
+    assert selection(dataset, 5, 0) == selection(dataset, 5, 0) != selection(dataset, 5, 1)
+    for batch in calibration_images(dataset, 4).get_inference_data():
+        assert isinstance(batch, torch.Tensor) and batch.shape == (4, 1, 2, 2)
+
+
+@pytest.mark.parametrize("samples", [0, 11])
+def test_more_samples_than_images(samples):
+    with pytest.raises(DataError, match=f"{samples} samples asked for; allowed: 1 to 10"):
+        calibration_images(Listed(list(range(10))), samples)
+
+
+def test_evaluation_subset_and_batch_size():
+    batches = loader(Listed(list(range(10))), 4, samples=6, seed=1)
+    assert batches.images == 6 and [len(labels) for _, labels in batches] == [4, 2]
+    with pytest.raises(DataError, match="batch_size 0"):
+        loader(Listed([0]), 0)
+
+
+def test_images_of_different_shape_are_named():
+    class Ragged(Listed):
+        def __getitem__(self, index):
+            return torch.zeros(1, 2, 2 + index), 0
+
+    with pytest.raises(DataError, match=r"image1 is \[1, 2, 3\] and image0 is \[1, 2, 2\]"):
+        list(loader(Ragged([0, 1])))
+
+
+# --- images against the model --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24, 24), (2, 1, 16, 16), (3, 16, 16)])
+def test_images_the_model_does_not_take(shape):
+    with pytest.raises(DataError, match="images are"):
+        check_images(torch.zeros(shape), small_model())
+
+
+def test_images_of_any_model():
+    check_images(torch.zeros(2, 3, 16, 16), small_model())
+    check_images(torch.zeros(2, 3, 24, 24), small_model(dynamic_img_size=True))
+    check_images(torch.zeros(2, 5, 7, 7), nn.Identity())
+    with pytest.raises(DataError, match="int64"):
+        check_images(torch.zeros(2, 3, 16, 16, dtype=torch.long))
+
+
+def test_sources_take_no_unknown_options(photos):
+    with pytest.raises(TypeError, match="claas_map"):
+        folder(section("folder", photos), "val", None, claas_map="x")

@@ -1,0 +1,146 @@
+"""Metrics against plain loops and published numbers."""
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.evaluation import evaluate, wilson_interval
+
+
+class Table(nn.Module):
+    """A classifier whose logits are the pixels."""
+
+    def __init__(self, classes, noise=0.0):
+        super().__init__()
+        self.classes = classes
+        self.bias = nn.Parameter(noise * torch.randn(classes))
+
+    def forward(self, images):
+        return images.flatten(1)[:, : self.classes] + self.bias
+
+
+def batches(images, labels, size=64):
+    return DataLoader(TensorDataset(images, labels), batch_size=size)
+
+
+def test_evaluation_equals_a_plain_loop_over_500_images():
+    torch.manual_seed(0)
+    args = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=9)
+    model = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    reference = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    reference.load_state_dict(
+        {k: v + 0.02 * torch.randn_like(v) for k, v in model.state_dict().items()}
+    )
+    images, labels = torch.randn(500, 3, 16, 16), torch.randint(0, 9, (500,))
+
+    correct = correct5 = agree = 0
+    losses, all_logits, all_expected = [], [], []
+    with torch.no_grad():
+        for start in range(0, 500, 64):
+            logits = model(images[start : start + 64])
+            expected = reference(images[start : start + 64])
+            for row, expected_row, label in zip(logits, expected, labels[start:], strict=False):
+                correct += int(row.argmax() == label)
+                correct5 += int(label) in row.sort(descending=True).indices[:5].tolist()
+                agree += int(row.argmax() == expected_row.argmax())
+                losses.append(-float(row.double().log_softmax(0)[label]))
+            all_logits.append(logits.double())
+            all_expected.append(expected.double())
+    out, ref = torch.cat(all_logits), torch.cat(all_expected)
+    sqnr = 10 * torch.log10(ref.var(correction=0) / (out - ref).square().mean())
+
+    found = evaluate(model, batches(images, labels), reference)
+    assert (found.images, found.top1, found.top5) == (500, correct / 5, correct5 / 5)
+    assert found.agreement == agree / 5 and 0 < agree < 500
+    assert found.loss == pytest.approx(sum(losses) / 500, rel=1e-12)
+    assert found.sqnr_db == pytest.approx(float(sqnr), abs=1e-9)
+    assert found.images_per_second > 0 and found.unreadable == ()
+    assert found.top1_interval[0] < found.top1 < found.top1_interval[1]
+
+
+def test_no_reference_and_few_classes():
+    images = torch.eye(4).view(4, 1, 2, 2)
+    found = evaluate(Table(4), batches(images, torch.tensor([0, 1, 2, 0])))
+    assert found.top1 == 75 and found.top5 is None
+    assert found.agreement is None and found.sqnr_db is None
+
+
+def test_a_model_equal_to_its_reference():
+    images = torch.randn(5, 1, 2, 2)
+    found = evaluate(Table(4), batches(images, torch.zeros(5, dtype=torch.long)), Table(4))
+    assert found.agreement == 100 and found.sqnr_db == math.inf
+    strict = json.loads(found.model_dump_json(), parse_constant=pytest.fail)
+    assert strict["sqnr_db"] == "Infinity" and strict["images"] == 5
+
+
+def test_signal_is_the_variance_of_the_logits_and_not_their_power():
+    images = 100 + torch.randn(50, 1, 2, 2, dtype=torch.float64).float()
+    model = Table(4)
+    model.bias.data.fill_(0.1)
+    found = evaluate(model, batches(images, torch.zeros(50, dtype=torch.long)), Table(4))
+    expected = 10 * math.log10(float(images.double().var(correction=0)) / 0.01)
+    assert found.sqnr_db == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_as_published(correct, total, low, high):
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_models_keep_their_mode():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(4, 3))
+    reference = Table(3).eval()
+    images, labels = torch.randn(6, 1, 2, 2), torch.zeros(6, dtype=torch.long)
+    first = evaluate(model, batches(images, labels), reference)
+    second = evaluate(model, batches(images, labels, 4), reference)
+    assert model.training and model[1].training and not reference.training
+    assert first.sqnr_db == pytest.approx(second.sqnr_db)  # dropout was off
+
+
+def test_progress_changes_nothing():
+    images, labels = torch.randn(6, 1, 2, 2), torch.zeros(6, dtype=torch.long)
+    quiet = evaluate(Table(3), batches(images, labels))
+    shown = evaluate(Table(3), batches(images, labels, 2), progress=True)
+    assert (quiet.top1, quiet.images) == (shown.top1, shown.images)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_outside_the_models_classes(label):
+    images = torch.randn(2, 1, 2, 2)
+    with pytest.raises(DataError, match=f"label {label} is not a class.*allowed: 0 to 2"):
+        evaluate(Table(3), batches(images, torch.tensor([0, label])))
+
+
+def test_labels_that_are_no_class_indices():
+    images = torch.randn(2, 1, 2, 2)
+    for labels in (torch.rand(2), torch.zeros(2, 3, dtype=torch.long)):
+        with pytest.raises(DataError, match="labels are"):
+            evaluate(Table(3), batches(images, labels))
+
+
+def test_bad_images_and_bad_models():
+    labels = torch.zeros(2, dtype=torch.long)
+    bad = torch.randn(2, 1, 2, 2)
+    bad[1, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="1 of the batch has NaN"):
+        evaluate(Table(3), batches(bad, labels))
+    with pytest.raises(DataError, match="no images"):
+        evaluate(Table(3), [])
+    with pytest.raises(ModelError, match="output is"):
+        evaluate(nn.Identity(), batches(torch.randn(2, 1, 2, 2), labels))
+    with pytest.raises(ModelError, match="reference 2"):
+        evaluate(Table(3), batches(torch.randn(2, 1, 2, 2), labels), Table(2))
