@@ -35,7 +35,13 @@ def quantize(config: Config, output: Path | None, quiet: bool) -> None:
     """Calibrate, evaluate and save; writes checkpoint, ``results.json`` and ``config.yaml``."""
     folder = output_folder(output or config.output)
     model = float_model(config)
-    quantized = quantize_model(model, calibration(config, model), config)
+    promised = any(step.get("accuracy") for step in config.compression)
+    quantized = quantize_model(
+        model,
+        calibration(config, model),
+        config,
+        evaluation(config, model) if promised else None,
+    )
     metrics = evaluate_with(config, quantized, model, progress=not quiet)
     path = checkpoints.save(quantized, folder / CHECKPOINT, extra={"config": config.dump()})
     write_text(folder / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False))
@@ -137,11 +143,14 @@ def evaluate_with(
     config: Config, model: nn.Module, reference: nn.Module, progress: bool
 ) -> Metrics:
     """Measure a model on the evaluation images that a config names."""
+    return measure(model, evaluation(config, model), reference, progress)
+
+
+def evaluation(config: Config, model: nn.Module) -> Any:
+    """Labelled batches of the evaluation images that a config names."""
     wanted = config.data.evaluation
     dataset = open_dataset(config.data, wanted.split, model)
-    return measure(
-        model, loader(dataset, wanted.batch_size, samples=wanted.samples), reference, progress
-    )
+    return loader(dataset, wanted.batch_size, samples=wanted.samples)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -129,7 +129,9 @@ class Plan(BaseModel):
             return operand.model_copy(update={"bits": width})
 
         ops = [
-            op.model_copy(update={"operands": tuple(changed(o, bits[op.name]) for o in op.operands)})
+            op.model_copy(
+                update={"operands": tuple(changed(o, bits[op.name]) for o in op.operands)}
+            )
             if op.name in bits
             else op
             for op in self.ops

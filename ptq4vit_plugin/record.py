@@ -48,8 +48,15 @@ class OpRecord(_Frozen):
     seconds: float
 
 
+class TrialRecord(_Frozen):
+    """One model that was measured to hold an accuracy: raises of bits before it, points lost."""
+
+    moves: int
+    drop: float
+
+
 class QuantizationRecord(_Frozen):
-    """One run of an algorithm on a model."""
+    """One run of an algorithm on a model; ``trials`` if it had an accuracy to hold."""
 
     algorithm: str
     settings: dict[str, Any]
@@ -57,6 +64,7 @@ class QuantizationRecord(_Frozen):
     ops: tuple[OpRecord, ...]
     images: int
     seconds: float
+    trials: tuple[TrialRecord, ...] = ()
 
 
 def attach(model: nn.Module, record: QuantizationRecord) -> None:

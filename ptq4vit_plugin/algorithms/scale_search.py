@@ -243,9 +243,7 @@ class ScaleSearch(BaseModel, Algorithm):
             wanted.choices,
             wanted.average_bits,
         )
-        return plan.at_bits(
-            {op.name: bits for op, bits in zip(plan.ops, chosen, strict=True)}
-        )
+        return plan.at_bits({op.name: bits for op, bits in zip(plan.ops, chosen, strict=True)})
 
     def _calibrate(
         self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]

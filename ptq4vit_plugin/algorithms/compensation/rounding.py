@@ -13,11 +13,11 @@ from ptq4vit_plugin.algorithms.compensation.normal import Normal
 from ptq4vit_plugin.algorithms.compensation.steps import RowGrid
 
 #: Inputs per block; a block's updates reach the other blocks as one matrix product.
-BLOCK = 128
+BLOCK = 64
 #: Candidates of the damping, relative to the mean of the Gram matrix's diagonal.
-DAMPINGS = (0.01, 0.1, 1.0)
+DAMPINGS = (0.01, 0.1)
 #: Output channels on which they are compared.
-ROWS = 64
+ROWS = 32
 
 
 def held_out_rounding(fit: Normal, check: Normal | None, weight: Tensor, grid: RowGrid) -> Tensor:
@@ -28,11 +28,11 @@ def held_out_rounding(fit: Normal, check: Normal | None, weight: Tensor, grid: R
     Parameters
     ----------
     fit, check
-        Sums over two disjoint sets of tokens; without `check` the middle damping is taken.
+        Sums over two disjoint sets of tokens; without `check` the largest damping is taken.
     """
     weight = weight.double()
     if check is None:
-        return compensated_rounding(weight, fit.gram, DAMPINGS[1], grid)
+        return compensated_rounding(weight, fit.gram, DAMPINGS[-1], grid)
     rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long().to(weight.device)
     some, some_grid = weight[rows], grid.rows(rows)
 
@@ -69,27 +69,27 @@ def compensated_rounding(weight: Tensor, gram: Tensor, damping: float, grid: Row
     Tensor
         ``[O, I]`` float64, every value on its row's grid.
     """
-    weight, gram = weight.double().clone(), gram.double()
+    weight, gram = weight.double(), gram.double()
     order = gram.diagonal().argsort(descending=True)
-    weight, gram = weight[:, order], gram[order][:, order]
-    size = len(order)
-    mean = gram.diagonal().mean().clamp_min(1e-300)
-    damped = gram + damping * mean * torch.eye(size).to(gram)
+    # One row per input, so that what one step touches lies together in memory.
+    rest, gram = weight.T[order].contiguous(), gram[order][:, order]
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean().clamp_min(1e-300))
     # Row i of the upper factor of the inverse holds what input i hands on to the inputs after it.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    rounded = torch.empty_like(weight)
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
-        block, factor = weight[:, start:stop].clone(), upper[start:stop, start:stop]
+    upper = upper / upper.diagonal()[:, None]
+    rounded = torch.empty_like(rest)
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
+        block, hands_on = rest[start:stop], upper[start:stop, start:stop]
         errors = torch.empty_like(block)
-        for i, hands_on in enumerate(factor):
-            column = grid.nearest(block[:, i : i + 1])
-            rounded[:, start + i : start + i + 1] = column
-            error = (block[:, i : i + 1] - column) / hands_on[i]
-            block[:, i + 1 :].addmm_(error, hands_on[None, i + 1 :], alpha=-1)
-            errors[:, i : i + 1] = error
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+        for i in range(stop - start):
+            level = grid.nearest(block[i][:, None])[:, 0]
+            rounded[start + i] = level
+            torch.sub(block[i], level, out=errors[i])
+            block[i + 1 :].addr_(hands_on[i, i + 1 :], errors[i], alpha=-1)
+        rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     result = torch.empty_like(rounded)
-    result[:, order] = rounded
-    return result
+    result[order] = rounded
+    return result.T

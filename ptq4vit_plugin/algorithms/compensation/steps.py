@@ -67,14 +67,15 @@ def best_grid(grid: RowGrid, weight: Tensor, importance: Tensor) -> RowGrid:
     importance
         ``[I]``: the Gram matrix's diagonal.
     """
-    peak = weight.abs().amax(1, keepdim=True).float()
+    weight = weight.float()
+    peak = weight.abs().amax(1, keepdim=True)
     shared = len(grid.step) == 1 and len(weight) > 1
     peak = peak.amax(0, keepdim=True) if shared else peak
     starts = CANDIDATES.candidates(peak / (2 ** (grid.bits - 1) - 0.5))
     starts = torch.where(peak > NEGLIGIBLE, starts, torch.ones_like(starts))
     losses = []
     for step in starts:
-        error = (replace(grid, step=step).nearest(weight) - weight).square() @ importance.double()
+        error = (replace(grid, step=step).nearest(weight) - weight).square() @ importance.float()
         losses.append(error.sum(0, keepdim=True) if shared else error)
     best = torch.stack(losses).argmin(0)
     return replace(grid, step=starts.gather(0, best.view(1, -1, 1))[0])
