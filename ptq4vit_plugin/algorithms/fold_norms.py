@@ -108,10 +108,7 @@ class FoldNorms(BaseModel, Algorithm):
         found, _ = find_ops(graph, len(first), {name for name, _ in module.named_buffers()})
         before = _output(module, first)
         kept = {name: value.clone() for name, value in module.named_parameters()}
-        if self.norms:
-            paths = norm_paths(module, graph, found, first.example)
-            for path, seen in _measure_norms(module, data, paths):
-                _fold_norm(module, path, seen)
+        # Attention first: it changes rows whose reach the scales of the norms depend on.
         if self.attention:
             scores, values = attention_paths(module, graph, found, first.example)
             measured = _measure_heads(module, data, scores, values)
@@ -119,6 +116,10 @@ class FoldNorms(BaseModel, Algorithm):
                 _balance_scores(module, path, measured)
             for path in values:
                 _balance_values(module, path, measured)
+        if self.norms:
+            paths = norm_paths(module, graph, found, first.example)
+            for path, seen in _measure_norms(module, data, paths):
+                _fold_norm(module, path, seen)
         change = (_output(module, first) - before).abs().max() / before.abs().max()
         if not change <= TOLERANCE:
             for name, value in module.named_parameters():
