@@ -8,14 +8,7 @@ from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
 
 from ptq4vit_plugin.quantizers.base import Grouping, OperandQuantizer, SearchRange, checked_bits
-
-# Softmax's largest value in a row of N is at least 1/N; this only guards rows that are masked out.
-SMALLEST = 1e-30
-
-
-def row_peak(x: Tensor) -> Tensor:
-    """Largest value of every row, ``[..., 1]``; 1/Σexp of the softmax."""
-    return x.amax(-1, keepdim=True).clamp_min(SMALLEST)
+from ptq4vit_plugin.quantizers.branches import Branch, row_peak
 
 
 class RowSoftmaxQuantizer(nn.Module, StatefulModuleInterface):
@@ -69,6 +62,10 @@ class RowSoftmaxQuantizer(nn.Module, StatefulModuleInterface):
         if torch.is_grad_enabled() and values.requires_grad:
             quantized = quantized + (values - values.detach())
         return quantized.to(x.dtype)
+
+    def branches(self) -> list[Branch]:
+        """Its one grid, on rows over their peaks."""
+        return [Branch(self.step.float(), 0, 2**self.bits - 1, per_row=True)]
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, shape={list(self.step.shape)}"
