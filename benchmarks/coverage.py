@@ -336,7 +336,7 @@ def sqnr(reference: Tensor, other: Tensor) -> float:
 
 
 def planning_seconds(name: str = "vit_base_patch16_224") -> float:
-    """Seconds to plan a full-size model, without building it."""
+    """Seconds to plan a full-size model that is there."""
     model = timm.create_model(name).eval()
     images = torch.randn(1, 3, 224, 224)
     started = time.perf_counter()
