@@ -1,8 +1,7 @@
 """A quantized model in one ``.safetensors`` file: tensors, and in its metadata everything to
 rebuild it.
 
-Nothing is unpickled. Classes of hooks are imported only from NNCF, from this plugin and from
-distributions that registered a quantizer through an entry point, which the user installed.
+Nothing is unpickled, and classes are imported only from where `hooks.restore` allows.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ptq4vit_plugin import registry
 from ptq4vit_plugin.errors import CheckpointError
 from ptq4vit_plugin.files import written_whole
 from ptq4vit_plugin.integrations.integer import checkpoint as integer
@@ -146,9 +144,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         decompose(model)
     hooks.wrap(model)
     try:
-        model = nncf.torch.load_from_config(
-            model, metadata.nncf, allowed_modules=_allowed_modules()
-        )
+        model = hooks.restore(model, metadata.nncf)
     except nncf.InternalError as error:
         raise CheckpointError(f"'{path}': {error}") from error
     except (
@@ -196,8 +192,3 @@ def read_metadata(path: Path) -> Metadata:
     except (json.JSONDecodeError, AttributeError, ValidationError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(f"'{path}' has damaged metadata: {detail}") from error
-
-
-def _allowed_modules() -> tuple[str, ...]:
-    packages = {entry.value.split(":")[0].split(".")[0] for entry in registry.entries("quantizers")}
-    return ("nncf.*", *(pattern for name in sorted(packages) for pattern in (name, f"{name}.*")))

@@ -103,6 +103,53 @@ def test_in_place_activation_after_an_op_does_not_change_its_gradient():
     assert fisher(True).any()
 
 
+def test_gradient_does_not_depend_on_what_else_is_recorded():
+    """Autograd starts at the first op that is recorded, and an image's label is its own."""
+    model, ops = prepared()
+    everything = record(model, batches(images(2)), ops, Gradient(probes=2))
+    for op in ops:
+        alone = record(model, batches(images(2)), [op], Gradient(probes=2))[op.name]
+        for one, other in zip(alone.fisher, everything[op.name].fisher, strict=True):
+            assert torch.equal(one, other)
+            assert one.any()
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gauss_newton", "output"])
+def test_gradient_does_not_depend_on_the_batches(kind):
+    model, ops = prepared()
+    op = next(op for op in ops if op.name == "blocks/0/mlp/fc1/linear/0")
+    x = torch.cat(images(2))
+    one, other = (
+        torch.cat(record(model, batches(x.split(size)), [op], Gradient(kind=kind))[op.name].fisher)
+        for size in (8, 3)
+    )
+    assert torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.mean()))
+    shares = batches(x.split(3))[1::2]  # as a second process would have them
+    part = torch.cat(record(model, shares, [op], Gradient(kind=kind))[op.name].fisher)
+    assert torch.equal(part, other[3:6])
+
+
+def test_ops_with_the_same_input_share_its_copy():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.query, self.key = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = self.query(x)
+            x.mul_(2)  # in place: the next op sees other numbers
+            z = self.key(x)
+            return torch.cat([y, z, self.query(x)], 1)
+
+    model = hooks.wrap(Net())
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    ops = find_ops(hooks.trace(model, x.clone()), 5)[0]
+    seen = record(model, batches([x.clone()]), ops, None)
+    first, second, third = (seen[op.name].inputs[0][0] for op in ops)
+    assert torch.equal(first, x) and torch.equal(second, 2 * x) and third is second
+
+
 def test_model_is_left_as_it_was():
     model, ops = prepared()
     model.train()

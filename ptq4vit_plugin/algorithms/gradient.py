@@ -41,7 +41,27 @@ class Gradient(BaseModel):
     seed: int = 0
 
 
-def output_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+def generators(seed: int, first: int, images: int) -> list[torch.Generator]:
+    """A source of randomness per image, which depends on the seed and on the image's place in the
+    calibration set alone: not on the batch, the pass or the process in which the image is run.
+
+    Parameters
+    ----------
+    first
+        Place of the first image.
+    images
+        How many there are.
+    """
+    # Seeds far apart for neighbouring images; torch takes 64 bits.
+    return [
+        torch.Generator().manual_seed(
+            (seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03) % 2**63
+        )
+        for place in range(first, first + images)
+    ]
+
+
+def output_loss(outputs: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Tensor:
     """A scalar whose squared gradient estimates the curvature of ``Σ |output|²`` distances.
 
     With ``v`` of unit covariance, the squared gradient of ``⟨v, output⟩`` has the diagonal of
@@ -51,18 +71,25 @@ def output_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor
     ----------
     outputs
         Of any shapes, attached to the graph; the distance is summed over all of them.
-    generator
-        On the CPU, so that every device draws the same numbers.
+    generators
+        One per image, on the CPU, so that every device draws the same numbers.
     """
     loss = torch.zeros(())
     for output in outputs:
-        v = torch.randn(output.shape, generator=generator).to(output.device)
+        if len(output) == len(generators):
+            v = torch.stack([torch.randn(output.shape[1:], generator=g) for g in generators])
+        else:  # not an entry per image
+            v = torch.randn(output.shape, generator=generators[0])
+        v = v.to(output.device)
         loss = loss.to(output.device) + (output.float() * v).sum()
     return loss
 
 
 def probe_loss(
-    logits: Tensor, kind: str, generator: torch.Generator, labels: Tensor | None = None
+    logits: Tensor,
+    kind: str,
+    generators: Sequence[torch.Generator],
+    labels: Tensor | None = None,
 ) -> Tensor:
     """A scalar whose gradient, squared and averaged over probes, estimates the Fisher information.
 
@@ -72,8 +99,8 @@ def probe_loss(
         ``[B, classes]``, attached to the graph.
     kind
         See `Gradient`; not ``output``, which is `output_loss`.
-    generator
-        On the CPU, so that every device draws the same numbers.
+    generators
+        One per image, on the CPU, so that every device draws the same numbers.
     labels
         ``[B]``, for kind ``labels``.
 
@@ -87,10 +114,15 @@ def probe_loss(
         return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
     probabilities = logits.detach().softmax(-1).cpu()
     if kind == "fisher":
-        sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        sampled = torch.cat(
+            [
+                torch.multinomial(p, 1, generator=generator)
+                for p, generator in zip(probabilities, generators, strict=True)
+            ]
+        )
         return F.cross_entropy(logits, sampled.to(logits.device), reduction="sum")
     # v = √p ∘ e − p ⟨√p, e⟩ with e of unit covariance has covariance diag(p) − p pᵀ.
     root = probabilities.sqrt()
-    e = torch.randn(root.shape, generator=generator)
+    e = torch.stack([torch.randn(root.shape[1], generator=g) for g in generators])
     v = root * e - probabilities * (root * e).sum(-1, keepdim=True)
     return (logits * v.to(logits.device)).sum()

@@ -8,7 +8,7 @@ from rich.table import Table
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.exporting import ExportReport
 from ptq4vit_plugin.plan import Operand, Plan
-from ptq4vit_plugin.record import OperandRecord, OpRecord
+from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord
 
 
 def plan_table(plan: Plan) -> Table:
@@ -95,6 +95,15 @@ def metrics_table(metrics: Metrics) -> Table:
         if value is not None:
             table.add_row(name, value)
     return table
+
+
+def cost_line(record: QuantizationRecord) -> str:
+    """What a calibration took."""
+    line = f"calibrated {len(record.ops)} ops on {record.images} images in {record.seconds:.1f} s"
+    line += f", {record.passes} forward/backward passes"
+    if record.peak_memory is not None:
+        line += f", peak memory {record.peak_memory / 2**30:.2f} GiB"
+    return line
 
 
 def _operand(operand: Operand | OperandRecord) -> str:

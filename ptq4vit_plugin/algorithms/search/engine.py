@@ -18,6 +18,7 @@ error metric the objective never rises. Heuristic, in `fast` only: a candidate t
 sample is dropped, and from the third round on only the second round's survivors are tried.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -90,6 +91,9 @@ class SearchResult:
         Objective at the start scales and at the chosen ones, on all data. Lower is better.
     evaluations
         Evaluations made, in units of one candidate on all data (dropped rows cost nothing).
+    curves
+        By operand, the objective over all candidates as it was last evaluated: on all data, or in
+        `fast` on the first stage's sample.
     """
 
     a_index: Tensor | None
@@ -97,6 +101,7 @@ class SearchResult:
     before: float
     after: float
     evaluations: float
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -360,11 +365,20 @@ def _draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return index, 1 / probability.gather(1, index)
 
 
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
 def _without_dead_rows(gemm: Gemm) -> Gemm:
-    """Drop images and rows whose gradient is zero everywhere: they contribute exactly nothing."""
+    """Drop images and rows whose gradient is zero everywhere: they contribute exactly nothing.
+
+    One is kept if all are such.
+    """
     assert gemm.fisher is not None
     a, b, bias, fisher = gemm.a, gemm.b, gemm.bias, gemm.fisher
     alive = fisher.amax(3) > 0
+    if not alive.any():
+        alive[0, 0, 0] = True
     images, rows = alive.flatten(1).any(1), alive.flatten(0, 1).any(0)
     if not rows.all():
         a, fisher = a[:, :, rows], fisher[:, :, rows]
@@ -379,14 +393,15 @@ def _prepare(
     quantizers: dict[str, _Quantizer | None],
     metric: str,
     images: int,
+    reduce: Callable[[Tensor], Tensor] = _identity,
 ) -> _Problem | None:
     """The problem on all data; None if no output has a gradient."""
     bias = gemm.bias
     whole = gemm.a.shape[:3].numel() * gemm.b.shape[3]
     if metric == "hessian" and gemm.fisher is not None:
-        gemm = _without_dead_rows(gemm)
-        if gemm.a.numel() == 0:
+        if not reduce(gemm.fisher.amax()) > 0:
             return None
+        gemm = _without_dead_rows(gemm)
     a, b, fisher = gemm.a.float(), gemm.b.float(), gemm.fisher
     if b.shape[0] == 1 and a.shape[0] > 1:  # one weight for all images: rows of one GEMM
         images = a.shape[0] if images == 1 else images
@@ -406,9 +421,11 @@ def _prepare(
 class _Search:
     """State of one op's search: the current choice, the losses known so far, the cost."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: _Problem, reduce: Callable[[Tensor], Tensor]) -> None:
         self.problem = problem
+        self.reduce = reduce
         self.evaluations = 0.0
+        self.curves: dict[str, list[float]] = {}
         self.index: dict[str, Tensor | None] = {"a": None, "b": None}
         self._views: dict[str, View] = {}
         self._losses: dict[tuple, Tensor] = {}
@@ -430,7 +447,7 @@ class _Search:
         loss, energy = self.problem.row_loss(self.index["a"], self.index["b"])
         self.evaluations += self.problem.cost
         self._rows = [energy, loss]
-        return float(loss.sum())
+        return float(self.reduce(loss.sum()))
 
     def probe(self) -> None:
         """Learn which rows suffer from clipping, so that samples contain them."""
@@ -505,6 +522,8 @@ class _Search:
         losses = torch.stack([self._loss(problem, operand, c) for c in candidates])
         quantizer = problem.quantizers[operand]
         assert quantizer is not None
+        if len(candidates) == quantizer.n and torch.equal(candidates, self._candidates(operand)):
+            self.curves[operand] = losses.flatten(1).sum(1).tolist()
         return losses, torch.stack([quantizer.grouping.sum(x) for x in losses])
 
     def _loss(self, problem: _Problem, operand: str, index: Tensor) -> Tensor:
@@ -512,8 +531,8 @@ class _Search:
         key = self._key(problem, operand, index)
         if key not in self._losses:
             choice = {**self.index, operand: index}
-            self._losses[key] = problem.loss(
-                choice["a"], choice["b"], operand, self._views[operand]
+            self._losses[key] = self.reduce(
+                problem.loss(choice["a"], choice["b"], operand, self._views[operand])
             )
             self.evaluations += problem.cost
         return self._losses[key]
@@ -533,7 +552,12 @@ class _Search:
         in_blocks = batch == heads == 1 and 1 < quantizer.grouping.shape[3] == columns
         key = (stage, in_blocks)
         if key not in self._samples:
-            self._samples[key] = self.problem.sample(stage, self._rows, in_blocks)
+            sample = self.problem.sample(stage, self._rows, in_blocks)
+            # Processes take the same decision; one whose share is too small gives all its rows.
+            sampling = torch.tensor(float(sample is not None), device=self.problem.a.device)
+            if self.reduce(sampling) > 0 and sample is None:
+                sample = replace(self.problem, fixed={})
+            self._samples[key] = sample
         return self._samples[key]
 
 
@@ -547,6 +571,7 @@ def search(
     order: tuple[str, str] = ("b", "a"),
     strategy: str = "exhaustive",
     images: int = 1,
+    reduce: Callable[[Tensor], Tensor] = _identity,
 ) -> SearchResult:
     """Choose the table rows of an op's quantizers that minimise the metric.
 
@@ -568,6 +593,9 @@ def search(
     images
         Images that the N rows hold, if all images share one batch entry (angle metrics with
         scales per output channel compare image by image).
+    reduce
+        Sums a tensor over the processes that hold a share of the rows each. All take the same
+        decisions then.
 
     Raises
     ------
@@ -579,14 +607,14 @@ def search(
     if gemm.a.shape[2] % images:
         raise ValueError(f"{gemm.a.shape[2]} rows do not divide into {images} images")
     quantizers = {"a": a, "b": b}
-    problem = _prepare(gemm, quantizers, metric, images)
+    problem = _prepare(gemm, quantizers, metric, images, reduce)
     if problem is None:
         starts = [
             None if q is None else torch.full(q.grouping.shape, q.n, device=gemm.a.device)
             for q in (a, b)
         ]
         return SearchResult(starts[0], starts[1], 0.0, 0.0, 0.0)
-    state = _Search(problem)
+    state = _Search(problem, reduce)
     before = state.start()
     if strategy == "fast":
         state.probe()
@@ -604,5 +632,10 @@ def search(
                 state.index[operand] = state.fast(operand, turn)
     after = state.objective()
     return SearchResult(
-        state.index["a"], state.index["b"], before, after, round(state.evaluations, 3)
+        state.index["a"],
+        state.index["b"],
+        before,
+        after,
+        round(state.evaluations, 3),
+        state.curves,
     )

@@ -105,6 +105,11 @@ def _integer_op(model: nn.Module, op: QuantizedOp) -> IntegerOp:
         return IntegerMatmul(left, right)
     if right is None:
         return FloatWeightOp(left)
+    if op.parameter is None:
+        raise ModelError(
+            f"{op.name}: its weight is computed while the model runs, and an integer checkpoint "
+            "keeps parameters only; leave the op out with ignored_scopes"
+        )
     branches = op.grids[1]
     if len(branches) > 1 or branches[0].highest > 127:
         raise ModelError(f"{op.name}: a weight needs one grid of signed codes to be kept as int8")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import nncf
 from nncf.common.graph.graph import NNCFGraph
 from nncf.torch.function_hook import (
     register_post_function_hook,
@@ -30,6 +31,8 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import (
 from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE, get_hook_storage, is_wrapped
 from torch import Tensor, nn
 
+from ptq4vit_plugin import registry
+
 
 class Hook(NamedTuple):
     """A module that NNCF runs on the values of an op.
@@ -45,15 +48,15 @@ class Hook(NamedTuple):
 
 
 class _Tap(nn.Module):
-    """Show each value to a function and pass it on unchanged."""
+    """Show each value to a function; pass on what it returns, or the value itself if None."""
 
-    def __init__(self, see: Callable[[Tensor], None]) -> None:
+    def __init__(self, see: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
         self.see = see
 
     def forward(self, x: Tensor) -> Tensor:
-        self.see(x)
-        return x
+        replacement = self.see(x)
+        return x if replacement is None else replacement
 
 
 class _PassingStorage(HookStorage):
@@ -136,6 +139,23 @@ def hooks(model: nn.Module) -> Iterator[Hook]:
     for name, module in get_hook_storage(model).named_hooks(remove_duplicate=False):
         when, op, port = decode_hook_name(name)
         yield Hook("pre" if when.startswith("pre") else "post", op, port, module)
+
+
+def restore(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Put back the hooks of ``nncf.torch.get_config``; their tensors come with the state dict.
+
+    Classes of hooks are imported only from NNCF, from this plugin and from distributions that
+    registered a quantizer through an entry point, which the user installed.
+
+    Raises
+    ------
+    nncf.InternalError
+        A class is of none of these, or is not there.
+    """
+    values = (entry.value for entry in registry.entries("quantizers"))
+    packages = sorted({value.split(":")[0].split(".")[0] for value in values})
+    allowed = ("nncf.*", *(pattern for name in packages for pattern in (name, f"{name}.*")))
+    return nncf.torch.load_from_config(model, config, allowed_modules=allowed)
 
 
 def take(model: nn.Module, name: str, port: int | None) -> list[nn.Module]:
@@ -224,11 +244,11 @@ class _ReplacingMode(FunctionHookMode):
 @contextmanager
 def watching(
     model: nn.Module,
-    inputs: dict[tuple[str, int], Callable[[Tensor], None]],
-    outputs: dict[str, Callable[[Tensor], None]],
+    inputs: dict[tuple[str, int], Callable[[Tensor], Tensor | None]],
+    outputs: dict[str, Callable[[Tensor], Tensor | None]],
 ) -> Iterator[None]:
     """Show the values at input ports and outputs of ops to functions, for as long as the context
-    lasts.
+    lasts. What a function returns, unless None, takes the value's place.
 
     Parameters
     ----------
@@ -236,7 +256,7 @@ def watching(
         Functions by (op name, input port). They see the value after the hooks that are there
         already.
     outputs
-        Functions by op name.
+        Functions by op name. A tensor that one returns takes the value's place.
     """
     handles = [
         register_pre_function_hook(model, op, port, _Tap(see)) for (op, port), see in inputs.items()
@@ -247,3 +267,28 @@ def watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The model without its hooks, for as long as the context lasts: the float model again."""
+    if not is_wrapped(model):
+        yield
+        return
+    storage = get_hook_storage(model)
+    kept = storage.pre_hooks, storage.post_hooks
+    storage.pre_hooks, storage.post_hooks = nn.ModuleDict(), nn.ModuleDict()
+    try:
+        yield
+    finally:
+        storage.pre_hooks, storage.post_hooks = kept
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a hook in the place of another one, everywhere where that one is."""
+    storage = get_hook_storage(model)
+    for places in (storage.pre_hooks, storage.post_hooks):
+        for at_place in places.values():
+            for key, hook in at_place.items():
+                if hook is old:
+                    at_place[key] = new
