@@ -79,7 +79,8 @@ def test_a_rescaled_copy_folds_to_the_same_model():
 
 @torch.no_grad()
 def test_norm_outputs_get_one_range():
-    net, images = model("vit")
+    net, _ = model("vit")
+    images = torch.randn(40, 3, 32, 32)  # 680 rows: enough to shift
     block = net.blocks[0]
     seen = []
     block.norm1.weight[5] *= 50  # an outlier channel

@@ -37,6 +37,10 @@ from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 # Largest difference of outputs before and after, relative to the largest output, above which a
 # fold is refused. Float32 rounding leaves about 1e-6.
 TOLERANCE = 1e-4
+# Rows of an activation from which its channels' ranges are trusted enough to be centred. A shift
+# leaves only the spread in the codes; a spread seen in few rows (a head's, one per image) is too
+# narrow, and what exceeds it is clamped.
+ROWS_TO_SHIFT = 512
 
 
 class FoldNorms(BaseModel, Algorithm):
@@ -52,7 +56,8 @@ class FoldNorms(BaseModel, Algorithm):
     norms
         Norm to linears: a scale and, where there are biases, a shift per channel.
     attention
-        A transform per head between queries and keys, and between values and projection.
+        A transform per head between queries and keys, a scale per channel between values and
+        projection; keys and values lose their mean where softmax makes up for it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -115,7 +120,7 @@ class FoldNorms(BaseModel, Algorithm):
             for path in scores:
                 _balance_scores(module, path, measured)
             for path in values:
-                _balance_values(module, path, measured)
+                _rescale_values(module, path, measured)
         if self.norms:
             paths = norm_paths(module, graph, found, first.example)
             for path, seen in _measure_norms(module, data, paths):
@@ -152,9 +157,10 @@ def _measure_norms(
 
 def _fold_norm(module: nn.Module, path: NormPath, seen: Channels) -> None:
     weights = [module.get_parameter(op.sources[1].parameter) for op in path.consumers]
-    shift = seen.centre if path.shift else torch.zeros_like(seen.low)
+    shifts = path.shift and seen.count >= ROWS_TO_SHIFT
+    shift = seen.centre if shifts else torch.zeros_like(seen.low)
     energy = (seen.energy - 2 * shift * seen.total) / seen.count + shift.square()
-    peak = seen.half_range if path.shift else seen.peak
+    peak = seen.half_range if shifts else seen.peak
     fold_norm(module, path, channel_scale(peak, energy, torch.cat(weights)), shift)
 
 
@@ -163,16 +169,15 @@ def _measure_heads(
     data: Sequence[Batch],
     scores: Sequence[ScorePath],
     values: Sequence[ValuePath],
-) -> dict[tuple[str, int | None], Heads]:
+) -> dict[tuple[str, int], Heads]:
     inputs: dict[tuple[str, int], Heads] = {}
     for path in scores:
         inputs[path.product.name, 0] = Heads()
         inputs[path.product.name, 1] = Heads(transposed=True)
     for path in values:
         inputs[path.product.name, 1] = Heads()
-    outputs = {path.product.name: Heads() for path in values}
-    _run(module, data, inputs, outputs)
-    return {**inputs, **{(name, None): stats for name, stats in outputs.items()}}
+    _run(module, data, inputs, {})
+    return inputs
 
 
 def _balance_scores(module: nn.Module, path: ScorePath, measured: dict) -> None:
@@ -183,12 +188,15 @@ def _balance_scores(module: nn.Module, path: ScorePath, measured: dict) -> None:
     transform_rows(module, path.keys, to_keys, keys.mean if path.shift else None)
 
 
-def _balance_values(module: nn.Module, path: ValuePath, measured: dict) -> None:
-    values, mixed = measured[path.product.name, 1], measured[path.product.name, None]
-    weight = module.get_parameter(path.projection.sources[1].parameter).double()
-    part = weight[:, path.columns.to(weight.device)]
-    gram = torch.einsum("ohd,ohe->hde", part, part)
-    to_values, to_projection = balance(mixed.covariance(path.shift), gram)
-    shift = values.mean if path.shift else None
-    transform_rows(module, path.values, to_values, shift)
-    transform_columns(module, path.projection, path.columns, to_projection, shift)
+def _rescale_values(module: nn.Module, path: ValuePath, measured: dict) -> None:
+    """A mean of values lies within their range, so what fits the values fits the projection."""
+    seen = measured[path.product.name, 1]
+    shift = seen.mean if path.shift else torch.zeros_like(seen.mean)
+    peak = torch.maximum(seen.high - shift, shift - seen.low)
+    energy = seen.covariance(path.shift).diagonal(dim1=1, dim2=2)
+    weight = module.get_parameter(path.projection.sources[1].parameter)
+    columns = weight[:, path.columns.flatten().to(weight.device)]
+    scale = channel_scale(peak.flatten(), energy.flatten(), columns).view_as(peak)
+    given = shift if path.shift else None
+    transform_rows(module, path.values, torch.diag_embed(1 / scale), given)
+    transform_columns(module, path.projection, path.columns, torch.diag_embed(scale), given)

@@ -11,7 +11,7 @@ from ptq4vit_plugin.algorithms.compensate import Compensate
 from ptq4vit_plugin.algorithms.fold_norms import FoldNorms
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
-from ptq4vit_plugin.algorithms.settings import Activations, Twin
+from ptq4vit_plugin.algorithms.settings import Activations, QuantizerName, Twin
 from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches
@@ -39,6 +39,19 @@ class Repair(BaseModel):
     bias: bool = Field(default=True, description="biases absorb the mean output error")
 
 
+class PlusActivations(Activations):
+    """As `Activations`; with a zero point where a bias can take it up."""
+
+    quantizer: QuantizerName = "asymmetric"
+
+
+class PlusTwin(Twin):
+    """As `Twin`; by default neither is a twin, both are single uniform grids."""
+
+    softmax: bool | QuantizerName = "row_softmax"
+    gelu: bool | QuantizerName = "asymmetric"
+
+
 class PTQ4ViTPlus(ScaleSearch):
     """The Hessian-guided search between exact folds and closed-form compensation.
 
@@ -47,8 +60,8 @@ class PTQ4ViTPlus(ScaleSearch):
     product.
     """
 
-    activations: Activations = Activations(quantizer="asymmetric")
-    twin: Twin = Twin(softmax="row_softmax", gelu="asymmetric")
+    activations: PlusActivations = PlusActivations()
+    twin: PlusTwin = PlusTwin()
     gradient: Gradient = Gradient()
     fold: Fold = Fold()
     compensate: Repair = Repair()

@@ -46,21 +46,24 @@ class Channels:
 
 @dataclass
 class Heads:
-    """Mean ``[H, D]`` and covariance ``[H, D, D]`` of ``x [B, H, N, D]``, float64."""
+    """Mean, range ``[H, D]`` and covariance ``[H, D, D]`` of ``x [B, H, N, D]``, float64."""
 
     transposed: bool = False  #: x comes as ``[B, H, D, N]``
     total: Tensor | None = None
     outer: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
     count: int = 0
 
     def __call__(self, x: Tensor) -> None:
         x = (x.transpose(-1, -2) if self.transposed else x).detach().double()
         x = x.transpose(0, 1).flatten(1, 2)
-        total, outer = x.sum(1), x.transpose(1, 2) @ x
+        total, outer, low, high = x.sum(1), x.transpose(1, 2) @ x, x.amin(1), x.amax(1)
         if self.total is None:
-            self.total, self.outer = total, outer
+            self.total, self.outer, self.low, self.high = total, outer, low, high
         else:
             self.total, self.outer = self.total + total, self.outer + outer
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.count += x.shape[1]
 
     @property

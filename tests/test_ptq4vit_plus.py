@@ -1,0 +1,134 @@
+"""Steps of a config around the search, end to end on a small model."""
+
+import pytest
+import timm
+import torch
+
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.nncf.streams import run_side_by_side
+from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.record import record_of
+
+ARGS = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3}
+SMALL = {"rounds": 1, "search_range": {"alpha": 0.01, "beta": 1.2, "n": 10}}
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=10, **ARGS).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.blocks[0].norm1.weight[3] *= 30  # an outlier channel
+        model.blocks[0].attn.qkv.weight[:, 3] /= 30
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    torch.manual_seed(1)
+    return torch.randn(40, 3, 32, 32)
+
+
+def config(bits, **fields):
+    widths = {"weights": {"bits": bits}, "activations": {"bits": bits}}
+    return {"algorithm": "ptq4vit_plus", **widths, **SMALL, **fields}
+
+
+@torch.no_grad()
+def sqnr(model, net, images):
+    expected = net(images)
+    error = (model(images) - expected).square().mean()
+    return float(10 * torch.log10(expected.var() / error))
+
+
+def test_plus_beats_ptq4vit_and_survives_saving(net, images, tmp_path):
+    calibration, unseen = list(images[:32].split(8)), images[32:]
+    plain = ptq.quantize(net, calibration, {**config(4), "algorithm": "ptq4vit"})
+    plus = ptq.quantize(net, calibration, config(4))
+    assert sqnr(plus, net, unseen) > sqnr(plain, net, unseen)
+    path = ptq.save(plus, tmp_path / "plus.safetensors")
+    architecture = timm.create_model("deit_tiny_patch16_224", num_classes=10, **ARGS)
+    with torch.no_grad():
+        assert torch.equal(ptq.load(path, architecture)(unseen), plus(unseen))
+
+
+def test_the_preset_is_its_three_steps(net, images):
+    data = list(images[:16].split(8))
+    fields = {k: v for k, v in config(4).items() if k != "algorithm"}
+    twin = {"softmax": "row_softmax", "gelu": "asymmetric"}
+    fields["activations"] = {"bits": 4, "quantizer": "asymmetric"}
+    steps = ["fold_norms", {"algorithm": "ptq4vit", **fields, "twin": twin}, "compensate"]
+    with torch.no_grad():
+        expected = ptq.quantize(net, data, steps)(images[:2])
+        assert torch.equal(ptq.quantize(net, data, config(4))(images[:2]), expected)
+
+
+def test_compensation_needs_a_quantized_model_and_folds_a_float_one(net, images):
+    with pytest.raises(ModelError, match="quantize it before"):
+        ptq.quantize(net, [images[:4]], "compensate")
+    with pytest.raises(ModelError, match="quantized already"):
+        ptq.quantize(net, [images[:4]], [config(8, fold={"norms": False}), "fold_norms"])
+
+
+def test_side_by_side_gives_float_targets_and_changed_inputs(net, images):
+    """Each op's float half is the float model; what `visit` returns reaches the ops behind it."""
+    model = hooks.wrap(timm.create_model("deit_tiny_patch16_224", num_classes=10, **ARGS).eval())
+    model.load_state_dict(net.state_dict())
+    data = batches(list(images[:4].split(2)))
+    seen = {}
+    unfuse_attention(model)
+    ops, _ = find_ops(hooks.trace(model, images[:2]), 2)
+
+    def visit(op, what):
+        seen[op.name] = what
+        first = len(seen) == 1
+        return what.target * (2 if first else 1)
+
+    run_side_by_side(model, data, ops, visit)
+    assert list(seen) == [op.name for op in ops]
+    with torch.no_grad():
+        expected = net(images[:4])
+    torch.testing.assert_close(seen["head/linear/0"].target, expected, rtol=1e-4, atol=1e-5)
+    qkv = seen["blocks/0/attn/qkv/linear/0"]
+    assert not torch.allclose(qkv.inputs[0], qkv.exact[0])
+    proj = seen["blocks/0/attn/proj/linear/0"]
+    torch.testing.assert_close(proj.inputs[0], proj.exact[0])
+
+
+def test_mixed_precision_keeps_its_budget(net, images):
+    fields = config(8, mixed_precision={"average_bits": 5.5, "choices": [4, 6, 8]})
+    model = ptq.quantize(net, [images[:8]], fields)
+    ops = [op for op in record_of(model).plan.ops if op.operands[0].source != "image"]
+    widths = {op.name: op.operands[1].bits for op in ops}
+    assert len(set(widths.values())) > 1
+    macs = sum(op.macs for op in record_of(model).plan.ops)
+    used = sum(op.macs * op.operands[1].bits for op in record_of(model).plan.ops)
+    assert used <= 5.5 * macs
+
+
+def test_a_promised_drop_is_held(net, images):
+    max_drop = 5.0
+    with torch.no_grad():
+        labels = net(images).argmax(1)
+    validation = [(images[:20], labels[:20]), (images[20:], labels[20:])]
+    fields = config(4, accuracy={"max_drop": max_drop}, compensate={"weights": False})
+    model = ptq.quantize(net, [images[:8]], fields, validation)
+    with torch.no_grad():
+        drop = 100 * float((model(images).argmax(1) != labels).double().mean())
+    assert drop <= max_drop
+    record = record_of(model)
+    if record is not None:
+        assert any(trial.drop <= max_drop for trial in record.trials)
+
+
+def test_a_promise_needs_validation_images(net, images):
+    with pytest.raises(DataError, match="validation_dataset"):
+        ptq.quantize(net, [images[:4]], config(8, accuracy={"max_drop": 1}))
+    with pytest.raises(ConfigError, match="max_drop"):
+        ptq.quantize(net, [images[:4]], config(8, accuracy={"max_drop": -1}))
