@@ -6,6 +6,7 @@ Everything heavy (torch, NNCF, timm) is imported inside the commands, so that `-
 import json
 import logging
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,6 +190,71 @@ def plan(config: ConfigPath) -> None:
     from .config import read
 
     commands.plan(read(config))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML or JSON sweep file.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="Keep some cells: axis=pattern,pattern; may be repeated."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Set a config key in all cells: key=value; may be repeated."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Quantize and evaluate every combination of models, algorithms, bits and any config key.
+
+    Appends a line per finished combination to `results.jsonl` in the sweep's output folder. Started
+    again, it goes on where it was stopped; under `torchrun` the processes share the work.
+
+    Examples: `ptq4vit sweep examples/imagenet/test_all.yaml --set data.root=/data/imagenet`,
+    `torchrun --nproc-per-node 4 -m ptq4vit_plugin sweep sweep.yaml`
+    """
+    from . import commands
+
+    commands.sweep(file, only or (), overrides or (), quiet)
+
+
+class _Format(str, Enum):
+    markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
+
+
+@app.command()
+def table(
+    file: Annotated[Path, typer.Argument(metavar="RESULTS", help="A sweep's results.jsonl.")],
+    form: Annotated[_Format, typer.Option("--format", help="How to write it.")] = _Format.markdown,
+    published: Annotated[
+        Path | None,
+        typer.Option("--published", help="CSV file of published numbers to show beside ours."),
+    ] = None,
+) -> None:
+    """Show a sweep's results, published numbers beside them with the difference.
+
+    Example: `ptq4vit table runs/imagenet/results.jsonl --published examples/imagenet/published.csv`
+    """
+    from . import commands
+
+    commands.table(file, form.value, published)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output folder.")],
+) -> None:
+    """Write `report.html` of a run: accuracy, which ops hurt, distributions, search curves.
+
+    `quantize` and `sweep` write it by themselves. One page, nothing outside it is loaded.
+
+    Example: `ptq4vit report runs/w6a6`
+    """
+    from . import commands
+
+    commands.report(folder)
 
 
 @app.command("list")

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +19,17 @@ from rich.console import Console
 from torch import nn
 
 from ptq4vit_plugin import checkpoint as checkpoints
+from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.algorithms.finished import remove
 from ptq4vit_plugin.config import Config, parse
 from ptq4vit_plugin.data import calibration_images, loader, open_dataset
-from ptq4vit_plugin.errors import ConfigError
+from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
 from ptq4vit_plugin.exporting import export as export_model
 from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.files import output_folder, written_whole
+from ptq4vit_plugin.integrations.device import local_device
 from ptq4vit_plugin.integrations.distributed import process_group, rank
 from ptq4vit_plugin.integrations.timm.images import open_image
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
@@ -30,6 +37,8 @@ from ptq4vit_plugin.pipeline import plan as make_plan
 from ptq4vit_plugin.pipeline import quantize as quantize_model
 from ptq4vit_plugin.record import describe as describe_model
 from ptq4vit_plugin.record import record_of
+from ptq4vit_plugin.reporting import report as reports
+from ptq4vit_plugin.reporting import results as result_tables
 from ptq4vit_plugin.reporting.events import event, json_lines
 from ptq4vit_plugin.reporting.tables import (
     cost_line,
@@ -40,47 +49,153 @@ from ptq4vit_plugin.reporting.tables import (
 )
 
 CHECKPOINT = "model.safetensors"
+RESULTS = "results.json"
+CONFIG = "config.yaml"
 FINISHED = "finished-ops"  # folder
 
 
+@dataclass
+class Run:
+    """A config that was run: its models, and what is worth writing down."""
+
+    quantized: nn.Module
+    reference: nn.Module
+    metrics: Metrics
+    results: dict[str, Any]
+
+
 def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = False) -> None:
-    """Calibrate, evaluate and save; writes checkpoint, ``results.json`` and ``config.yaml``.
+    """Calibrate, evaluate and save; writes checkpoint, results, resolved config and report.
 
     Finished ops are kept in the output folder until then, so that the same command continues a run
     that was killed. Under torchrun all processes calibrate, and the first does the rest.
     """
     with ExitStack() as stack:
         stack.enter_context(process_group())
-        first = rank() == 0
-        if log_json and first:
+        if log_json and rank() == 0:
             stack.enter_context(json_lines(sys.stdout))
         folder = output_folder(output or config.output)
-        model = float_model(config)
-        finished = folder / FINISHED
-        quantized = quantize_model(model, calibration(config, model), config, resume=finished)
-        if not first:
-            return
         silent = quiet or log_json
-        metrics = evaluate_with(config, quantized, model, progress=not silent)
-        event("evaluated", **json.loads(metrics.model_dump_json()))
-        path = checkpoints.save(quantized, folder / CHECKPOINT, extra={"config": config.dump()})
-        write_text(folder / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False))
-        results = _results(quantized, metrics, path)
-        write_text(folder / "results.json", json.dumps(results, indent=2))
-        remove(finished)
-        event("written", folder=str(folder), files=[CHECKPOINT, "results.json", "config.yaml"])
+        done = run_config(config, not silent, resume=folder / FINISHED)
+        if done is None:
+            return
+        path = checkpoints.save(
+            done.quantized, folder / CHECKPOINT, extra={"config": config.dump()}
+        )
+        done.results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
+        write_run(folder, config, done.results)
+        remove(folder / FINISHED)
+        event("written", folder=str(folder), files=[CHECKPOINT, RESULTS, CONFIG])
         if not silent:
             console = Console()
-            console.print(metrics_table(metrics))
-            record = record_of(quantized)
+            console.print(metrics_table(done.metrics))
+            record = record_of(done.quantized)
             if record is not None:
                 console.print(cost_line(record))
-            console.print(f"written: {folder}/{CHECKPOINT}, results.json, config.yaml")
+            console.print(f"written: {folder}/{CHECKPOINT}, {RESULTS}, {CONFIG}")
+            if absent := reports.missing():
+                needed = " and ".join(absent)
+                console.print(f"no report: it needs {needed} (ptq4vit-plugin\\[report])")
+
+
+def run_config(config: Config, progress: bool, resume: Path | None = None) -> Run | None:
+    """Calibrate and evaluate what a config says, on this process's device.
+
+    Returns
+    -------
+    Run or None
+        None in all processes but the first of those that calibrate together.
+    """
+    started = time.perf_counter()
+    model = float_model(config)
+    quantized = quantize_model(model, calibration(config, model), config, resume=resume)
+    calibrated = time.perf_counter()
+    if rank() != 0:
+        return None
+    metrics = evaluate_with(config, quantized, model, progress)
+    event("evaluated", **json.loads(metrics.model_dump_json()))
+    record = record_of(quantized)
+    results = {
+        "metrics": metrics.model_dump(mode="json"),
+        "seconds": {
+            "calibration": calibrated - started,
+            "evaluation": time.perf_counter() - calibrated,
+        },
+        "environment": environment(),
+        "calibration": None if record is None else record.model_dump(mode="json"),
+    }
+    return Run(quantized, model, metrics, results)
+
+
+def write_run(folder: Path, config: Config, results: dict[str, Any]) -> None:
+    """Write a run's measurements and its resolved config, and the report if it can be drawn."""
+    write_text(folder / CONFIG, yaml.safe_dump(config.dump(), sort_keys=False))
+    write_text(folder / RESULTS, json.dumps(results))
+    if not reports.missing():
+        reports.write_report(folder)
+
+
+def report(folder: Path) -> None:
+    """Write ``report.html`` of a run folder."""
+    Console().print(f"written: {reports.write_report(folder)}")
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware that measurements depend on."""
+    names = ("ptq4vit-plugin", "torch", "timm", "nncf")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "device": str(local_device()),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool) -> None:
+    """Run the cells of a grid that have no result yet; under torchrun this process's share.
+
+    A cell that fails is reported and has no result, so that the next call tries it again.
+    """
+    described = sweeps.read(file)
+    cells = sweeps.cells(described, only, overrides, str(file))
+    folder = output_folder(described.output)
+    path = folder / sweeps.RESULTS
+    known = {row["key"] for row in sweeps.results(path)} if path.exists() else set()
+    rank, ranks = sweeps.torchrun()
+    mine = sweeps.share(cells, rank, ranks)
+    todo = [cell for cell in mine if cell.key not in known]
+    console = Console(stderr=True, quiet=quiet)
+    who = f"rank {rank}: " if ranks > 1 else ""
+    console.print(f"{who}{len(mine)} cells, {len(mine) - len(todo)} of them done before")
+    failed = []
+    for number, cell in enumerate(todo, start=1):
+        console.print(f"{who}{number}/{len(todo)} {cell.title}")
+        try:
+            done = run_config(cell.config, progress=not quiet)
+        except PTQ4ViTError as error:
+            failed.append(cell)
+            print(f"{who}failed: {cell.title}: {error}", file=sys.stderr)
+            continue
+        write_run(output_folder(cell.config.output), cell.config, done.results)
+        sweeps.append(path, result_tables.line(cell, done.results))
+    if ranks == 1 and path.exists():
+        keys = {cell.key for cell in cells}
+        rows = [row for row in sweeps.results(path) if row["key"] in keys]
+        published = result_tables.read_published(described.published)
+        print(result_tables.markdown(result_tables.compare(rows, published)), end="")
+    if failed:
+        raise PTQ4ViTError(f"{len(failed)} of {len(todo)} cells failed; run it again to retry them")
+
+
+def table(file: Path, form: str, published: Path | None) -> None:
+    """Print the results of a sweep, published numbers beside them."""
+    rows = result_tables.compare(sweeps.results(file), result_tables.read_published(published))
+    print(result_tables.FORMATS[form](rows), end="")
 
 
 def evaluate(checkpoint: Path, config: Config | None) -> None:
     """Measure a saved model against its float original."""
-    quantized = checkpoints.load(checkpoint)
+    quantized = checkpoints.load(checkpoint).to(local_device())
     if config is None:
         saved = checkpoints.read_metadata(checkpoint).extra.get("config")
         if saved is None:
@@ -153,9 +268,15 @@ def plan(config: Config) -> None:
 
 
 def float_model(config: Config) -> nn.Module:
-    """The model that a config names."""
+    """The model that a config names, on this process's device.
+
+    Weights that are neither pretrained nor in a checkpoint are random, and the same every time.
+    """
     recipe = Recipe(name=config.model.name, args=config.model.args)
-    return create(recipe, config.model.pretrained, config.model.checkpoint)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = create(recipe, config.model.pretrained, config.model.checkpoint)
+    return model.to(local_device())
 
 
 def calibration(config: Config, model: nn.Module, samples: int | None = None) -> Any:
@@ -180,12 +301,3 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
-
-
-def _results(model: nn.Module, metrics: Metrics, path: Path) -> dict[str, Any]:
-    record = record_of(model)
-    return {
-        "metrics": metrics.model_dump(mode="json"),
-        "checkpoint": {"file": path.name, "bytes": path.stat().st_size},
-        "calibration": None if record is None else record.model_dump(mode="json"),
-    }

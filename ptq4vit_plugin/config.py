@@ -116,10 +116,21 @@ def read(path: str | PathLike[str]) -> Config:
     ConfigError
         One line: the file, the key, the value, what is allowed and the nearest known name.
     """
+    return parse(load_file(path), str(path))
+
+
+def load_file(path: str | PathLike[str]) -> Any:
+    """Return what a YAML or JSON file says, unchecked.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read, or is not valid YAML or JSON.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
@@ -128,7 +139,6 @@ def read(path: str | PathLike[str]) -> Config:
         raise ConfigError(f"{path}: not valid YAML{where}: {error.problem}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid: {' '.join(str(error).split())}") from error
-    return parse(data, str(path))
 
 
 def parse(data: Any, origin: str) -> Config:

@@ -31,6 +31,8 @@ class Metrics(BaseModel):
         95 % confidence interval of top-1 in percent (Wilson score).
     loss
         Mean cross-entropy, in nats.
+    reference_top1
+        Top-1 of the reference model in percent.
     agreement
         Images in percent for which model and reference choose the same class.
     sqnr_db
@@ -50,6 +52,7 @@ class Metrics(BaseModel):
     top5: float | None
     top1_interval: tuple[float, float]
     loss: float
+    reference_top1: float | None
     agreement: float | None
     sqnr_db: float | None
     images: int
@@ -102,7 +105,7 @@ def evaluate(
             totals.seconds += time.perf_counter() - start
             totals.add(logits, _checked(labels, logits))
             if reference is not None:
-                totals.compare(logits, _logits(reference, images))
+                totals.compare(logits, _logits(reference, images), labels)
             if bar:
                 bar.update(task, advance=1, top1=f"top-1 {totals.top1:.2f} %")
     if totals.images == 0:
@@ -151,6 +154,7 @@ class _Totals:
         self.seconds = 0.0
         self.compared = 0
         self.agree = 0
+        self.reference_correct1 = 0
         self.signal = 0.0
         self.signal_squared = 0.0
         self.noise = 0.0
@@ -164,7 +168,7 @@ class _Totals:
         self.correct5 += int(top.any(1).sum())
         self.loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
 
-    def compare(self, logits: Tensor, reference: Tensor) -> None:
+    def compare(self, logits: Tensor, reference: Tensor, labels: Tensor | None = None) -> None:
         self.classes = logits.shape[1]
         if logits.shape != reference.shape:
             raise ModelError(
@@ -172,6 +176,8 @@ class _Totals:
             )
         self.compared += len(logits)
         self.agree += int((logits.argmax(1) == reference.argmax(1)).sum())
+        if labels is not None:
+            self.reference_correct1 += int((reference.argmax(1) == labels.cpu()).sum())
         signal = reference.double()
         self.signal += signal.sum().item()
         self.signal_squared += signal.square().sum().item()
@@ -197,6 +203,7 @@ class _Totals:
             top5=100 * self.correct5 / self.images if self.classes > 5 else None,
             top1_interval=(100 * low, 100 * high),
             loss=self.loss / self.images,
+            reference_top1=100 * self.reference_correct1 / self.compared if self.compared else None,
             agreement=100 * self.agree / self.compared if self.compared else None,
             sqnr_db=self.sqnr_db if self.compared else None,
             images=self.images,

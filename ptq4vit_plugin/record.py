@@ -17,10 +17,22 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Histogram(_Frozen):
+    """How the values of an activation are distributed: ``counts[i]`` between ``edges[i]`` and
+    ``edges[i + 1]``, of a sample of the calibration set.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
 class OperandRecord(_Frozen):
     """An operand's quantizer and the range of its searched parameter over groups.
 
     ``searched_min`` and ``searched_max`` are scales, or exponents m for a softmax twin.
+    ``histogram`` is there for outputs of softmax and of GELU-like functions. ``curve`` is the
+    search's objective over the candidates, all groups together: as many values as points, evenly
+    spaced from the first candidate to the last; where the search works on samples, of a sample.
     """
 
     port: int
@@ -33,10 +45,18 @@ class OperandRecord(_Frozen):
     searched_min: float | None = None
     searched_max: float | None = None
     groups: int = 0
+    histogram: Histogram | None = None
+    curve: tuple[float, ...] = ()
 
 
 class OpRecord(_Frozen):
-    """One op: its quantizers, the objective at the start scales and at the chosen ones, cost."""
+    """One op: its quantizers, the objective at the start scales and at the chosen ones, cost.
+
+    ``sqnr_db`` is the signal-to-quantization-noise ratio of the op's own output with the chosen
+    scales and exact inputs, in dB; infinite when there is no noise.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     name: str
     kind: OpKind
@@ -46,6 +66,7 @@ class OpRecord(_Frozen):
     objective_after: float
     evaluations: float
     seconds: float
+    sqnr_db: float | None = None
 
 
 class QuantizationRecord(_Frozen):

@@ -17,7 +17,17 @@ import ptq4vit_plugin
 from ptq4vit_plugin.cli import app
 from ptq4vit_plugin.errors import CheckpointError
 
-COMMANDS = ["quantize", "evaluate", "describe", "plan", "list", "config"]
+COMMANDS = [
+    "quantize",
+    "evaluate",
+    "describe",
+    "plan",
+    "sweep",
+    "table",
+    "report",
+    "list",
+    "config",
+]
 TINY = """
 from pydantic import BaseModel, ConfigDict
 
@@ -161,6 +171,10 @@ def test_commands_are_passed_what_was_asked(file, calls):
         ["evaluate", model],
         ["evaluate", model, "--config", file],
         ["describe", model],
+        ["sweep", "s.yaml"],
+        ["sweep", "s.yaml", "--only", "a=b", "--only", "c=d", "--set", "e=1", "-q"],
+        ["report", "run"],
+        ["table", "results.jsonl", "--format", "csv", "--published", "p.csv"],
     ):
         assert run(*arguments).exit_code == 0
     assert calls == [
@@ -170,6 +184,10 @@ def test_commands_are_passed_what_was_asked(file, calls):
         ("evaluate", model, None),
         ("evaluate", model, config),
         ("describe", model),
+        ("sweep", Path("s.yaml"), (), (), False),
+        ("sweep", Path("s.yaml"), ["a=b", "c=d"], ["e=1"], True),
+        ("report", Path("run")),
+        ("table", Path("results.jsonl"), "csv", Path("p.csv")),
     ]
 
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from ptq4vit_plugin import __version__, registry
+from ptq4vit_plugin.algorithms.diagnosis import histogram, output_sqnr, thinned
 from ptq4vit_plugin.algorithms.finished import FinishedOps, Place, key_of
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.planning import make_plan, matches
@@ -201,7 +202,7 @@ class ScaleSearch(BaseModel, Algorithm):
         quantizers, records, passes = self._calibrate(module, data, plan, found)
         for place, quantizer in quantizers.items():
             hooks.insert(module, *place, quantizer)
-        fuse_attention(module, _without_products(switched, plan))
+        fuse_attention(module, _without_products(module, switched, plan))
         hooks.forget_graph(model)
         attach(
             module,
@@ -336,14 +337,21 @@ class ScaleSearch(BaseModel, Algorithm):
             reduce=distributed.total,
         )
         operands, made = [], {}
-        for operand, quantizer, index in zip(
-            op.operands, (left, right), (result.a_index, result.b_index), strict=True
+        for name, operand, quantizer, index in zip(
+            "ab", op.operands, (left, right), (result.a_index, result.b_index), strict=True
         ):
             if quantizer is not None:
                 place = (operand.parameter, None) if operand.parameter else (op.name, operand.port)
                 hook = quantizer.module(index, lambda s, port=operand.port: view.layout(port, s))
                 made[place] = hook
-            operands.append(_operand_record(operand, quantizer, index))
+            operands.append(
+                _operand_record(operand, quantizer, index).model_copy(
+                    update={
+                        "histogram": histogram(getattr(gemm, name), operand.source),
+                        "curve": thinned(result.curves.get(name, [])),
+                    }
+                )
+            )
         chosen = OpRecord(
             name=op.name,
             kind=op.kind,
@@ -352,6 +360,7 @@ class ScaleSearch(BaseModel, Algorithm):
             objective_before=result.before,
             objective_after=result.after,
             evaluations=result.evaluations,
+            sqnr_db=output_sqnr(gemm, left, right, result),
             seconds=time.perf_counter() - started,
         )
         return chosen, made
@@ -445,9 +454,14 @@ def _facts(record: OpRecord) -> dict[str, Any]:
     return facts
 
 
-def _without_products(names: Sequence[str], plan: Plan) -> list[str]:
+def _without_products(module: nn.Module, names: Sequence[str], plan: Plan) -> list[str]:
     """Of the attention modules that were unfused, those in which no product is quantized."""
-    quantized = [op.name.split("/") for op in plan.ops if op.kind == "matmul"]
+    quantized = [op.name.split("/")[:-2] for op in plan.ops if op.kind == "matmul"]
+    modules = {name for name, _ in module.named_modules()}
+    if any(".".join(path) not in modules for path in quantized):
+        # Where a model calls modules past their parents, NNCF's names give a part of the path, and
+        # nobody can tell which module an op is in.
+        return []
     return [
         name
         for name in names

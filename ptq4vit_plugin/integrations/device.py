@@ -1,5 +1,6 @@
 """What the device under a tensor can do. The only place that names a kind of device."""
 
+import os
 import sys
 
 import psutil
@@ -33,9 +34,29 @@ def needs_padded_int8(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def local_device() -> torch.device:
+    """The device this process works on: the GPU of its local rank under torchrun, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
 def available_devices() -> list[str]:
     """Names of the kinds of device that this machine has, for tests and benchmarks."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def accelerators() -> list[tuple[torch.device, str]]:
+    """Every CUDA device and its name."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [(torch.device("cuda", n), torch.cuda.get_device_name(n)) for n in range(count)]
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when everything that was started on a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:

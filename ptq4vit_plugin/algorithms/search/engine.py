@@ -91,6 +91,9 @@ class SearchResult:
         Objective at the start scales and at the chosen ones, on all data. Lower is better.
     evaluations
         Evaluations made, in units of one candidate on all data (dropped rows cost nothing).
+    curves
+        By operand, the objective over all candidates as it was last evaluated: on all data, or in
+        `fast` on the first stage's sample.
     """
 
     a_index: Tensor | None
@@ -98,6 +101,7 @@ class SearchResult:
     before: float
     after: float
     evaluations: float
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -421,6 +425,7 @@ class _Search:
         self.problem = problem
         self.reduce = reduce
         self.evaluations = 0.0
+        self.curves: dict[str, list[float]] = {}
         self.index: dict[str, Tensor | None] = {"a": None, "b": None}
         self._views: dict[str, View] = {}
         self._losses: dict[tuple, Tensor] = {}
@@ -517,6 +522,8 @@ class _Search:
         losses = torch.stack([self._loss(problem, operand, c) for c in candidates])
         quantizer = problem.quantizers[operand]
         assert quantizer is not None
+        if len(candidates) == quantizer.n and torch.equal(candidates, self._candidates(operand)):
+            self.curves[operand] = losses.flatten(1).sum(1).tolist()
         return losses, torch.stack([quantizer.grouping.sum(x) for x in losses])
 
     def _loss(self, problem: _Problem, operand: str, index: Tensor) -> Tensor:
@@ -625,5 +632,10 @@ def search(
                 state.index[operand] = state.fast(operand, turn)
     after = state.objective()
     return SearchResult(
-        state.index["a"], state.index["b"], before, after, round(state.evaluations, 3)
+        state.index["a"],
+        state.index["b"],
+        before,
+        after,
+        round(state.evaluations, 3),
+        state.curves,
     )

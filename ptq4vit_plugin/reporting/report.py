@@ -1,0 +1,158 @@
+"""A run folder as one self-contained page: ``report.html``, drawings inside, no requests outside.
+
+Needs matplotlib and jinja2, which ``pip install ptq4vit-plugin[report]`` brings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ptq4vit_plugin.errors import PTQ4ViTError
+from ptq4vit_plugin.evaluation import Metrics
+from ptq4vit_plugin.files import written_whole
+from ptq4vit_plugin.record import QuantizationRecord
+
+REPORT = "report.html"
+NEEDED = ("matplotlib", "jinja2")
+WORST = 10
+
+
+def missing() -> list[str]:
+    """The packages that a report needs and that are not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` of a run folder from its ``results.json`` and ``config.yaml``.
+
+    Raises
+    ------
+    PTQ4ViTError
+        A package is missing, or the folder is none that `ptq4vit quantize` or `ptq4vit sweep`
+        wrote.
+    """
+    if absent := missing():
+        raise PTQ4ViTError(
+            f"a report needs {' and '.join(absent)}: pip install 'ptq4vit-plugin[report]'"
+        )
+    folder = Path(folder)
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        config = (folder / "config.yaml").read_text(encoding="utf-8")
+        metrics = Metrics.model_validate(results["metrics"])
+        calibration = results["calibration"]
+        record = calibration and QuantizationRecord.model_validate(calibration)
+        title = yaml.safe_load(config)["model"]["name"]
+    except OSError as error:
+        raise PTQ4ViTError(
+            f"'{folder}' is no run folder: {error.filename}: {error.strerror}"
+        ) from error
+    except (ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise PTQ4ViTError(f"'{folder}': its results are damaged: {detail}") from error
+    with written_whole(folder / REPORT) as part:
+        part.write_text(page(title, metrics, record, results, config), encoding="utf-8")
+    return folder / REPORT
+
+
+def page(
+    title: str,
+    metrics: Metrics,
+    record: QuantizationRecord | None,
+    results: dict[str, Any],
+    config: str,
+) -> str:
+    """The page's HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from ptq4vit_plugin.reporting import figures
+
+    environment = Environment(
+        loader=PackageLoader("ptq4vit_plugin.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawings = []
+    worst = []
+    if record is not None:
+        drawings = figures.draw(record)
+        total = sum(op.objective_after for op in record.ops) or 1.0
+        ordered = sorted(record.ops, key=lambda op: -op.objective_after)[:WORST]
+        worst = [(op, figures.role_of(op), 100 * op.objective_after / total) for op in ordered]
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        metrics=metrics,
+        rows=_accuracy(metrics),
+        record=record,
+        worst=worst,
+        floats=_floats(record),
+        drawings=drawings,
+        costs=_costs(record, results),
+        environment=results.get("environment", {}),
+        config=config,
+    )
+
+
+def _accuracy(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Name, float model, quantized model."""
+    low, high = metrics.top1_interval
+    reference = "" if metrics.reference_top1 is None else f"{metrics.reference_top1:.2f} %"
+    rows = [
+        ("top-1", reference, f"{metrics.top1:.2f} %"),
+        ("95 % interval of top-1", "", f"{low:.2f} … {high:.2f} %"),
+        ("top-5", "", None if metrics.top5 is None else f"{metrics.top5:.2f} %"),
+        ("loss", "", f"{metrics.loss:.4f}"),
+        (
+            "same class as the float model",
+            "",
+            None if metrics.agreement is None else f"{metrics.agreement:.2f} %",
+        ),
+        (
+            "logit SQNR",
+            "",
+            None if metrics.sqnr_db is None else f"{metrics.sqnr_db:.2f} dB",
+        ),
+        ("images", "", f"{metrics.images:,}"),
+        ("unreadable images", "", f"{len(metrics.unreadable)}" if metrics.unreadable else None),
+    ]
+    return [(name, left, right) for name, left, right in rows if right is not None]
+
+
+def _floats(record: QuantizationRecord | None) -> list[tuple[str, str, str]]:
+    """Name, what, and why it is in float: ops left out, and operands of ops that are not."""
+    if record is None:
+        return []
+    ops = [(op.name, op.kind, op.reason) for op in record.plan.left_out]
+    operands = [
+        (op.name, f"{operand.source} of {op.role}", operand.reason or "")
+        for op in record.ops
+        for operand in op.operands
+        if operand.quantizer is None
+    ]
+    return ops + operands
+
+
+def _costs(record: QuantizationRecord | None, results: dict[str, Any]) -> list[tuple[str, str]]:
+    seconds = results.get("seconds", {})
+    rows = [(f"{what}, with images and model", f"{t:.1f} s") for what, t in seconds.items()]
+    if record is not None:
+        rows.append(("search alone", f"{sum(op.seconds for op in record.ops):.1f} s"))
+        evaluations = sum(op.evaluations for op in record.ops)
+        rows.append(("candidates evaluated, in units of all data", f"{evaluations:,.0f}"))
+        rows.append(("calibration images", str(record.images)))
+        if record.peak_memory:
+            peak = f"{record.peak_memory / 2**30:.2f} GiB"
+            rows.append(("peak memory of the process, calibration", peak))
+    if "checkpoint" in results:
+        rows.append(("checkpoint", f"{results['checkpoint']['bytes'] / 2**20:.1f} MiB"))
+    speed = results["metrics"]["images_per_second"]
+    rows.append(("evaluation speed of the quantized model", f"{speed:.1f} images/s"))
+    return rows
