@@ -108,7 +108,14 @@ def run_config(config: Config, progress: bool, resume: Path | None = None) -> Ru
     """
     started = time.perf_counter()
     model = float_model(config)
-    quantized = quantize_model(model, calibration(config, model), config, resume=resume)
+    promised = any(step.get("accuracy") for step in config.compression)
+    quantized = quantize_model(
+        model,
+        calibration(config, model),
+        config,
+        validation_dataset=evaluation(config, model) if promised else None,
+        resume=resume,
+    )
     calibrated = time.perf_counter()
     if rank() != 0:
         return None
@@ -290,11 +297,14 @@ def evaluate_with(
     config: Config, model: nn.Module, reference: nn.Module, progress: bool
 ) -> Metrics:
     """Measure a model on the evaluation images that a config names."""
+    return measure(model, evaluation(config, model), reference, progress)
+
+
+def evaluation(config: Config, model: nn.Module) -> Any:
+    """Labelled batches of the evaluation images that a config names."""
     wanted = config.data.evaluation
     dataset = open_dataset(config.data, wanted.split, model)
-    return measure(
-        model, loader(dataset, wanted.batch_size, samples=wanted.samples), reference, progress
-    )
+    return loader(dataset, wanted.batch_size, samples=wanted.samples)
 
 
 def write_text(path: Path, text: str) -> None:

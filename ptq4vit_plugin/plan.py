@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,6 +119,24 @@ class Plan(BaseModel):
 
     ops: tuple[Op, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+    def at_bits(self, bits: Mapping[str, int]) -> Plan:
+        """The plan with other bits for both operands of ops, by name. Images keep theirs."""
+
+        def changed(operand: Operand, width: int) -> Operand:
+            if operand.quantizer is None or operand.source == "image":
+                return operand
+            return operand.model_copy(update={"bits": width})
+
+        ops = [
+            op.model_copy(
+                update={"operands": tuple(changed(o, bits[op.name]) for o in op.operands)}
+            )
+            if op.name in bits
+            else op
+            for op in self.ops
+        ]
+        return self.model_copy(update={"ops": tuple(ops)})
 
     @property
     def macs_quantized(self) -> float:

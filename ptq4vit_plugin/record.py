@@ -69,6 +69,13 @@ class OpRecord(_Frozen):
     sqnr_db: float | None = None
 
 
+class TrialRecord(_Frozen):
+    """One model that was measured to hold an accuracy: raises of bits before it, points lost."""
+
+    moves: int
+    drop: float
+
+
 class QuantizationRecord(_Frozen):
     """One run of an algorithm on a model.
 
@@ -79,6 +86,8 @@ class QuantizationRecord(_Frozen):
         fit the memory budget.
     peak_memory
         Most bytes the process had held by the end of it; None in checkpoints of older releases.
+    trials
+        What was tried, if there was an accuracy to hold.
     """
 
     algorithm: str
@@ -89,6 +98,7 @@ class QuantizationRecord(_Frozen):
     seconds: float
     passes: int = 1
     peak_memory: int | None = None
+    trials: tuple[TrialRecord, ...] = ()
 
 
 def attach(model: nn.Module, record: QuantizationRecord) -> None:

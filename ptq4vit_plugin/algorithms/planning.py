@@ -90,6 +90,9 @@ def _operand(op: FoundOp, port: int, settings: ScaleSearch) -> Operand:
             reason="the paper leaves the patch embedding's input in float",
         )
     quantizer, options = _activation_quantizer(source, port, settings)
+    if quantizer == "asymmetric" and op.kind == "matmul" and source.kind != "softmax":
+        # A zero point needs a bias that takes it up, or, as a softmax's, to be zero.
+        quantizer = "uniform"
     return Operand(
         port=port,
         source=source.kind,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -22,10 +23,18 @@ from ptq4vit_plugin import __version__, registry
 from ptq4vit_plugin.algorithms.diagnosis import histogram, output_sqnr, thinned
 from ptq4vit_plugin.algorithms.finished import FinishedOps, Place, key_of
 from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
 from ptq4vit_plugin.algorithms.planning import make_plan, matches
 from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
-from ptq4vit_plugin.algorithms.settings import Activations, Override, Twin, Weights
+from ptq4vit_plugin.algorithms.settings import (
+    Accuracy,
+    Activations,
+    MixedPrecision,
+    Override,
+    Twin,
+    Weights,
+)
 from ptq4vit_plugin.algorithms.views import GemmView, view_of
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations import distributed
@@ -44,6 +53,8 @@ from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
 
 GIB = 2**30
+# Candidates of the search that only ranks ops.
+SENSITIVITY_STEPS = 25
 Metric = Literal[
     "hessian", "cosine", "mse", "l1", "linear_weighted_l2", "square_weighted_l2", "pearson"
 ]
@@ -86,6 +97,13 @@ class ScaleSearch(BaseModel, Algorithm):
     search_range: SearchRange = SearchRange()
     rounds: int = Field(default=3, ge=1)
     gradient: Gradient = Gradient()
+    mixed_precision: MixedPrecision | None = Field(
+        default=None, description="bits per op by sensitivity instead of one width for all"
+    )
+    accuracy: Accuracy | None = Field(
+        default=None,
+        description="raise bits until this drop is held on validation images (verb quantize)",
+    )
     memory_budget: float | None = Field(
         default=None,
         gt=0,
@@ -199,6 +217,8 @@ class ScaleSearch(BaseModel, Algorithm):
             graph = hooks.trace(module, example.example)
         fold_batch_norms(module, graph)
         plan, found = self.plan(module, graph, len(data[0]))
+        if self.mixed_precision is not None:
+            plan = self._mixed(module, data, plan, found)
         quantizers, records, passes = self._calibrate(module, data, plan, found)
         for place, quantizer in quantizers.items():
             hooks.insert(module, *place, quantizer)
@@ -218,6 +238,27 @@ class ScaleSearch(BaseModel, Algorithm):
             ),
         )
         return model
+
+    def _mixed(
+        self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
+    ) -> Plan:
+        """The plan with the bits that the objective asks for within the budget."""
+        wanted = self.mixed_precision
+        coarse = self.model_copy(
+            update={"rounds": 1, "search_range": replace(self.search_range, n=SENSITIVITY_STEPS)}
+        )
+        coarse.keep_finished_ops(None)  # they are not the ops of the result
+        objectives = [
+            {r.name: r.objective_after for r in coarse._calibrate(module, data, at, found)[1]}
+            for at in (plan.at_bits(dict.fromkeys(found, bits)) for bits in wanted.choices)
+        ]
+        chosen = choose_bits(
+            [[objective[op.name] for objective in objectives] for op in plan.ops],
+            [op.macs if wanted.budget == "macs" else _size(found[op.name]) for op in plan.ops],
+            wanted.choices,
+            wanted.average_bits,
+        )
+        return plan.at_bits({op.name: bits for op, bits in zip(plan.ops, chosen, strict=True)})
 
     def _calibrate(
         self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
@@ -375,6 +416,10 @@ class ScaleSearch(BaseModel, Algorithm):
         for extreme in (distributed.smallest(quantizer.low), distributed.largest(quantizer.high)):
             quantizer.observe(extreme)
         return quantizer
+
+
+def _size(found: FoundOp) -> int:
+    return 0 if found.kind == "matmul" else prod(found.shapes[1])
 
 
 def _gemm(

@@ -1,7 +1,7 @@
 """A quantized model in the words of other runtimes: plain fake-quantize ops of 256 levels.
 
 Runtimes take a product of two operands to be one of int8 only when each is quantized to exactly
-256 levels with zero point 0, and when nothing is summed between quantizer and product. So every
+256 levels, and when nothing is summed between quantizer and product. So every
 grid becomes one such fake-quantize, grids with fewer levels are clamped first, and a twin operand
 is distributed: two products are added, each with its own range.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.integrations.lowering import QuantizedOp, factors, take_apart
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
-from ptq4vit_plugin.quantizers.branches import Branch
+from ptq4vit_plugin.quantizers.branches import Branch, row_peak
 
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
 
@@ -63,6 +63,12 @@ class QDQGrid(nn.Module):
         super().__init__()
         self.side = branch.side
         self.range = SIGNED if signed or branch.lowest < 0 else UNSIGNED
+        self.per_row = branch.per_row
+        # Codes less their zero point that fit no int8: the runtime gets the zero point itself.
+        shifted = branch.lowest < 0 and (branch.lowest < SIGNED[0] or branch.highest > SIGNED[1])
+        zero = -branch.lowest if shifted else 0
+        if shifted:
+            self.range = UNSIGNED
         scale = branch.scale.detach()
         outside = per_tensor and not constant and scale.numel() > 1
         self.factor = scale if outside else None
@@ -70,16 +76,24 @@ class QDQGrid(nn.Module):
         if outside:
             scale = torch.ones(1)
         self.axis = max(range(scale.dim()), key=lambda d: scale.shape[d])
-        self.zero = torch.zeros(scale.numel(), dtype=torch.int32)
+        self.zero = torch.full((scale.numel(),), zero, dtype=torch.int32)
+        self.zero_point = zero
         self.scale = _number(scale)
         self.split = None if branch.split is None else _number(branch.split)
-        clamps_low = not constant and branch.lowest > self.range[0]
-        clamps_high = not constant and branch.highest < self.range[1] and not branch.bounded
+        lowest, highest = (end - zero for end in self.range)
+        clamps_low = not constant and branch.lowest > lowest
+        clamps_high = not constant and branch.highest < highest and not branch.bounded
         self.low = _number(branch.lowest * scale) if clamps_low else None
         self.high = _number(branch.highest * scale) if clamps_high else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Numbers rounded to the branch's levels, over `factor`; 0 on the split's other side."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Numbers rounded to the branch's levels, 0 on the split's other side, over a factor that
+        is returned with them."""
+        factor = self.factor
+        if self.per_row:
+            peak = row_peak(x)
+            x = x / peak
+            factor = peak if factor is None else peak * factor
         if self.split is not None:
             high = x * (x > self.split).to(x.dtype)
             x = high if self.side == "high" else x - high
@@ -90,9 +104,11 @@ class QDQGrid(nn.Module):
         if self.high is not None:
             x = _clamp(x, self.high, "max")
         if isinstance(self.scale, float):
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, 0, *self.range)
+            x = torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *self.range)
+            return x, factor
         scale = self.scale.flatten()
-        return torch.fake_quantize_per_channel_affine(x, scale, self.zero, self.axis, *self.range)
+        x = torch.fake_quantize_per_channel_affine(x, scale, self.zero, self.axis, *self.range)
+        return x, factor
 
 
 class QDQOp(nn.Module):
@@ -138,7 +154,7 @@ def _grids(
 
 
 def _parts(grids: nn.ModuleList | None, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-    return [(x, None)] if grids is None else [(grid(x), grid.factor) for grid in grids]
+    return [(x, None)] if grids is None else [grid(x) for grid in grids]
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor:

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from nncf.torch.quantization.layers import SymmetricQuantizer
+from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import ModelError
+
+# Softmax's largest value in a row of N is at least 1/N; this only guards rows that are masked out.
+SMALLEST = 1e-30
+
+
+def row_peak(x: Tensor) -> Tensor:
+    """Largest value of every row, ``[..., 1]``; 1/Σexp(s - max s) of a softmax."""
+    return x.amax(-1, keepdim=True).clamp_min(SMALLEST)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class Branch:
         What the k-bit code of a number on this side has on top of the grid's own code.
     bounded
         Whether no number on this side ever exceeds the top level, so that nothing need clamp it.
+    per_row
+        Codes are of ``x / peak``, `peak` the largest number of every row of x; the product has to
+        be multiplied by it.
     """
 
     scale: Tensor
@@ -45,9 +56,12 @@ class Branch:
     side: Literal["low", "high"] = "low"
     flag: int = 0
     bounded: bool = False
+    per_row: bool = False
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer-valued float32 codes of float32 `x`, in its shape."""
+        if self.per_row:
+            x = x / row_peak(x)
         codes = torch.div(x, self.scale).round_().clamp_(self.lowest, self.highest)
         return codes if self.split is None else codes.mul_(self.mine(x))
 
@@ -60,7 +74,7 @@ def branches_of(quantizer: nn.Module) -> list[Branch]:
     """The grids that a quantizer's hook module adds up.
 
     Any module takes part that has a method ``branches()`` returning them; so do NNCF's symmetric
-    quantizers.
+    quantizers, and its asymmetric ones with one zero point: codes less the zero point.
 
     Raises
     ------
@@ -73,9 +87,15 @@ def branches_of(quantizer: nn.Module) -> list[Branch]:
         highest = quantizer.level_high
         step = (quantizer.scale.detach().abs() + quantizer.eps) / highest
         return [Branch(step.float(), quantizer.level_low, highest)]
+    if isinstance(quantizer, AsymmetricQuantizer):
+        step = (quantizer.input_range.detach().abs() + quantizer.eps) / quantizer.level_high
+        zero = (-quantizer.input_low.detach() / step).round()
+        if bool((zero == zero.flatten()[0]).all()):
+            lowest = -int(zero.flatten()[0])
+            return [Branch(step.float(), lowest, quantizer.level_high + lowest)]
     raise ModelError(
-        f"{type(quantizer).__name__} has no integer form; allowed: NNCF's SymmetricQuantizer and "
-        "quantizers with a method branches()"
+        f"{type(quantizer).__name__} has no integer form; allowed: NNCF's SymmetricQuantizer, its "
+        "AsymmetricQuantizer with one zero point, and quantizers with a method branches()"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.integer.product import WeightProduct, batched_product
 from ptq4vit_plugin.integrations.lowering import factors
 from ptq4vit_plugin.quantizers.branches import Branch, packed_codes
@@ -31,6 +32,11 @@ class Grids(nn.Module):
 
     def __init__(self, branches: list[Branch]) -> None:
         super().__init__()
+        if any(branch.per_row for branch in branches):
+            raise ModelError(
+                "the integer checkpoint has no softmax quantized row by row; export to openvino or "
+                "onnx, or quantize with twin: {softmax: true}"
+            )
         self.fields = [{name: getattr(b, name) for name in self.FIELDS} for b in branches]
         for number, branch in enumerate(branches):
             self.register_buffer(f"scale_{number}", branch.scale.detach().clone())

@@ -220,6 +220,44 @@ def record(
     return recorded
 
 
+def token_weights(
+    model: nn.Module, data: Sequence[Batch], ops: Iterable[FoundOp], gradient: Gradient
+) -> dict[str, Tensor]:
+    """How much the loss depends on every token of an op: its mean squared gradient at the output.
+
+    Returns
+    -------
+    dict
+        By op name, ``[tokens of all images]``, float32; positions for a convolution.
+    """
+    kept: dict[str, list[Tensor]] = {op.name: [] for op in ops}
+
+    def add(total: Tensor, part: Tensor) -> None:
+        total.add_(part.flatten())
+
+    def keep(op: FoundOp) -> Callable[[Tensor], Tensor | None]:
+        channel = 1 if op.kind == "conv2d" else -1
+
+        def see(y: Tensor) -> Tensor | None:
+            total = torch.zeros_like(y.detach().movedim(channel, -1)[..., 0].float()).flatten()
+            kept[op.name].append(total)
+            first = None if y.requires_grad else y.detach().requires_grad_().clone()  # see `record`
+            # The hook returns None: autograd's own gradient goes on unchanged.
+            (y if first is None else first).register_hook(
+                lambda grad: add(total, grad.float().square().mean(channel))
+            )
+            return first
+
+        return see
+
+    with watching(model, {}, {op.name: keep(op) for op in ops}), _frozen(model):
+        for batch in data:
+            with torch.enable_grad():
+                result = run(model, batch.to(model))
+                _backward(outputs_of(model, result), gradient, batch)
+    return {name: torch.cat(parts) for name, parts in kept.items() if parts}
+
+
 def run(model: nn.Module, batch: Batch) -> Any:
     """The model's result for a batch that is on its device.
 

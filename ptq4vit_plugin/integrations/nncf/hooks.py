@@ -48,15 +48,15 @@ class Hook(NamedTuple):
 
 
 class _Tap(nn.Module):
-    """Show each value to a function, which may give back the same numbers to go on with."""
+    """Show each value to a function; pass on what it returns, or the value itself if None."""
 
     def __init__(self, see: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
         self.see = see
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = self.see(x)
-        return x if seen is None else seen
+        replacement = self.see(x)
+        return x if replacement is None else replacement
 
 
 class _PassingStorage(HookStorage):
@@ -245,11 +245,11 @@ class _ReplacingMode(FunctionHookMode):
 @contextmanager
 def watching(
     model: nn.Module,
-    inputs: dict[tuple[str, int], Callable[[Tensor], None]],
+    inputs: dict[tuple[str, int], Callable[[Tensor], Tensor | None]],
     outputs: dict[str, Callable[[Tensor], Tensor | None]],
 ) -> Iterator[None]:
     """Show the values at input ports and outputs of ops to functions, for as long as the context
-    lasts.
+    lasts. What a function returns, unless None, takes the value's place.
 
     Parameters
     ----------
@@ -268,3 +268,28 @@ def watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The model without its hooks, for as long as the context lasts: the float model again."""
+    if not is_wrapped(model):
+        yield
+        return
+    storage = get_hook_storage(model)
+    kept = storage.pre_hooks, storage.post_hooks
+    storage.pre_hooks, storage.post_hooks = nn.ModuleDict(), nn.ModuleDict()
+    try:
+        yield
+    finally:
+        storage.pre_hooks, storage.post_hooks = kept
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a hook in the place of another one, everywhere where that one is."""
+    storage = get_hook_storage(model)
+    for places in (storage.pre_hooks, storage.post_hooks):
+        for at_place in places.values():
+            for key, hook in at_place.items():
+                if hook is old:
+                    at_place[key] = new
