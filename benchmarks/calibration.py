@@ -237,15 +237,15 @@ def memory(args):
     """Peak memory of a calibration; few candidates, which take as much memory as many."""
     model = build(args)
     fields = {"search_range": {"n": args.candidates}, "rounds": 1}
-    found, seconds = calibrate(model, images_for(model, args, args.images), bits=8, **fields)
+    found, _ = calibrate(model, images_for(model, args, args.images), bits=8, **fields)
     keep(
         "memory",
         {
             "model": args.model,
+            "args": args.args,
             "images": args.images,
             "passes": found.passes,
             "peak_gib": found.peak_memory / 2**30,
-            "seconds": seconds,
         },
     )
 
@@ -255,8 +255,8 @@ def gap(args):
     model = build(args)
     images = images_for(model, args, args.images)
     fields = {"bits": args.bits}
-    fast, fast_seconds = calibrate(model, images, **fields)
-    best, best_seconds = calibrate(model, images, search="exhaustive", **fields)
+    fast, _ = calibrate(model, images, **fields)
+    best, _ = calibrate(model, images, search="exhaustive", **fields)
     gaps = defaultdict(list)
     for one, other in zip(fast.ops, best.ops, strict=True):
         if other.objective_after > 0:
@@ -269,8 +269,6 @@ def gap(args):
             "weights": Path(args.weights).name if args.weights else None,
             "images": args.images,
             "bits": args.bits,
-            "seconds": fast_seconds,
-            "exhaustive_seconds": best_seconds,
             "evaluations": sum(op.evaluations for op in fast.ops),
             "exhaustive_evaluations": sum(op.evaluations for op in best.ops),
             "kinds": {
