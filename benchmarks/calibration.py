@@ -7,7 +7,8 @@
 
 Each part puts its numbers into ``benchmarks/calibration.json``; `plot` draws those of `grow` into
 ``docs/calibration-growth.svg``. Ratios are of times measured in one run on one machine. Images are
-noise, and weights random unless --weights names a checkpoint: costs hardly depend on either.
+noise unless --npz names a file, and weights random unless --weights names a checkpoint: costs
+hardly depend on either.
 
 The *literal procedure* is written out here, independently of the package: for every op a forward
 and backward pass, then three rounds of 100 candidates for each operand, every candidate's output by
@@ -26,6 +27,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import load_file
@@ -129,15 +131,20 @@ def literal_seconds(model, images, ops, bits, forward_backward, tries):
 
 def build(args, **extra):
     torch.manual_seed(0)
-    if getattr(args, "depth", None):
-        extra["depth"] = args.depth
-    model = timm.create_model(args.model, **extra).eval()
+    model = timm.create_model(args.model, **{**args.args, **extra}).eval()
     if args.weights:
         model.load_state_dict(load_file(args.weights))
     return model
 
 
-def noise(model, count, batch_size=8):
+def images_for(model, args, count, batch_size=8):
+    """Noise of the model's size, or the first images of a file, normalised as timm's models are."""
+    if args.npz:
+        pixels = torch.from_numpy(np.load(args.npz, allow_pickle=False)["calib_images"][:count])
+        mean, std = (
+            torch.tensor(model.default_cfg[name]).view(3, 1, 1) for name in ("mean", "std")
+        )
+        return list(((pixels.permute(0, 3, 1, 2) / 255 - mean) / std).split(batch_size))
     size = model.default_cfg["input_size"]
     if hasattr(model, "patch_embed") and getattr(model.patch_embed, "img_size", None):
         size = (size[0], *model.patch_embed.img_size)
@@ -180,13 +187,13 @@ def calibrate(model, images, **fields):
 def cost(args):
     """The engine on the whole model against the literal procedure, and against one pass."""
     model = build(args)
-    images = noise(model, args.images)
+    images = images_for(model, args, args.images)
     # The engine first: its peak memory is the process's.
     found, seconds = calibrate(model, images, bits=args.bits)
     one_pass, with_weights = forward_backward_seconds(model, images)
     result = {
         "model": args.model,
-        "depth": args.depth,
+        "args": args.args,
         "images": args.images,
         "bits": args.bits,
         "threads": torch.get_num_threads(),
@@ -230,15 +237,15 @@ def memory(args):
     """Peak memory of a calibration; few candidates, which take as much memory as many."""
     model = build(args)
     fields = {"search_range": {"n": args.candidates}, "rounds": 1}
-    found, seconds = calibrate(model, noise(model, args.images), bits=8, **fields)
+    found, _ = calibrate(model, images_for(model, args, args.images), bits=8, **fields)
     keep(
         "memory",
         {
             "model": args.model,
+            "args": args.args,
             "images": args.images,
             "passes": found.passes,
             "peak_gib": found.peak_memory / 2**30,
-            "seconds": seconds,
         },
     )
 
@@ -246,10 +253,10 @@ def memory(args):
 def gap(args):
     """The objective that `fast` chooses, relative to what `exhaustive` chooses, per op kind."""
     model = build(args)
-    images = noise(model, args.images)
+    images = images_for(model, args, args.images)
     fields = {"bits": args.bits}
-    fast, fast_seconds = calibrate(model, images, **fields)
-    best, best_seconds = calibrate(model, images, search="exhaustive", **fields)
+    fast, _ = calibrate(model, images, **fields)
+    best, _ = calibrate(model, images, search="exhaustive", **fields)
     gaps = defaultdict(list)
     for one, other in zip(fast.ops, best.ops, strict=True):
         if other.objective_after > 0:
@@ -258,11 +265,10 @@ def gap(args):
         "gap",
         {
             "model": args.model,
+            "args": args.args,
             "weights": Path(args.weights).name if args.weights else None,
             "images": args.images,
             "bits": args.bits,
-            "seconds": fast_seconds,
-            "exhaustive_seconds": best_seconds,
             "evaluations": sum(op.evaluations for op in fast.ops),
             "exhaustive_evaluations": sum(op.evaluations for op in best.ops),
             "kinds": {
@@ -287,7 +293,7 @@ def grow(args):
         return
     work = {"images": 16, "depth": 3, "tokens": 197, args.dimension: args.value}
     model = build(args, depth=work["depth"], img_size=SIZES[work["tokens"]])
-    images = noise(model, work["images"])
+    images = images_for(model, args, work["images"])
     found, seconds = calibrate(model, images, bits=8)
     one_pass, _ = forward_backward_seconds(model, images)
     keep(
@@ -306,7 +312,7 @@ def grow(args):
 
 
 def plot(args):
-    """Draw what `grow` measured."""
+    """Draw what `grow` measured, as far as it is there."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -331,7 +337,7 @@ def keep(part, result):
     """Print a result and put it into the file, in place of an earlier one of the same work."""
     print(json.dumps(result, indent=2))
     everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    work = ("model", "weights", "images", "bits", "dimension", "depth", "tokens")
+    work = ("model", "args", "weights", "images", "bits", "dimension", "depth", "tokens")
     same = [result.get(name) for name in work]
     others = [r for r in everything.get(part, []) if [r.get(name) for name in work] != same]
     everything[part] = [*others, result]
@@ -347,7 +353,8 @@ def main():
         part.add_argument("--images", type=int, default=4 if run is gap else 32)
         part.add_argument("--bits", type=int, default=8)
         part.add_argument("--weights", help="a .safetensors checkpoint")
-        part.add_argument("--depth", type=int, help="blocks, when not all of the model's")
+        part.add_argument("--args", type=json.loads, default={}, help="JSON, for create_model")
+        part.add_argument("--npz", help="file with uint8 images [N, H, W, C] in 'calib_images'")
         part.set_defaults(run=run)
         if run is memory:
             part.add_argument("--candidates", type=int, default=4)
@@ -357,7 +364,7 @@ def main():
     part = parts.add_parser("grow", help=grow.__doc__)
     part.add_argument("dimension", choices=GROWTH)
     part.add_argument("--value", type=int, help="one point only")
-    part.set_defaults(run=grow, model="vit_tiny_patch16_224", weights=None)
+    part.set_defaults(run=grow, model="vit_tiny_patch16_224", weights=None, args={}, npz=None)
     parts.add_parser("plot", help=plot.__doc__).set_defaults(run=plot)
     args = parser.parse_args()
     args.run(args)

@@ -118,15 +118,15 @@ def test_memory_budget_changes_passes_not_scales(model, quantized):
 
 
 @pytest.mark.parametrize("ops", [1, 10, 84])
-def test_default_memory_budget_makes_three_passes_at_most(ops, monkeypatch):
+def test_default_memory_budget_makes_four_passes_at_most(ops, monkeypatch):
     monkeypatch.setattr(scale_search.psutil, "virtual_memory", lambda: Mock(available=2**40))
     for size in (2**20, 2**28, 2**30):
         monkeypatch.setattr(scale_search, "_recorded_bytes", lambda op, found, size=size: size)
         plan = [SimpleNamespace(name=str(index)) for index in range(ops)]
         found = {op.name: None for op in plan}
         groups = list(PTQ4ViT()._groups(plan, found, images(1)))
-        assert sum(groups, []) == plan and len(groups) <= 3
-        assert ops * size > 2**30 or len(groups) == 1
+        assert sum(groups, []) == plan and len(groups) <= 4
+        assert ops * size > 2**29 or len(groups) == 1
 
 
 def test_ignored_scopes(model):

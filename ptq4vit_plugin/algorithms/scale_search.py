@@ -107,8 +107,8 @@ class ScaleSearch(BaseModel, Algorithm):
     memory_budget: float | None = Field(
         default=None,
         gt=0,
-        description="GiB for recorded activations; default: a third of what one pass would "
-        "record, 1 at least, a quarter of what is free at most",
+        description="GiB for recorded activations; default: a quarter of what one pass would "
+        "record, 0.5 at least, a quarter of what is free at most",
     )
 
     _dataset: Any = PrivateAttr(default=None)
@@ -340,13 +340,13 @@ class ScaleSearch(BaseModel, Algorithm):
     def _budget(self, sizes: Sequence[float]) -> float:
         """Bytes of recorded tensors at a time.
 
-        A third of everything: with the op that does not fit any more, that makes three passes, of
+        A quarter of everything: with the op that does not fit any more, that makes four passes, of
         which later ones go backward only as far as their first op.
         """
         if self.memory_budget:
             return self.memory_budget * GIB
-        third = sum(sizes) / 3 + max(sizes, default=0)
-        return min(max(third, GIB), psutil.virtual_memory().available / 4)
+        quarter = sum(sizes) / 4 + max(sizes, default=0)
+        return min(max(quarter, GIB / 2), psutil.virtual_memory().available / 4)
 
     @torch.no_grad()
     def _search_op(
