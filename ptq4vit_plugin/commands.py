@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from torch import distributed as dist
 from torch import nn
 
+from ptq4vit_plugin import artefacts
 from ptq4vit_plugin import checkpoint as checkpoints
 from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.config import Config, parse
@@ -35,7 +38,6 @@ from ptq4vit_plugin.reporting import report as reports
 from ptq4vit_plugin.reporting import results as result_tables
 from ptq4vit_plugin.reporting.tables import metrics_table, plan_table, record_table
 
-CHECKPOINT = "model.safetensors"
 RESULTS = "results.json"
 CONFIG = "config.yaml"
 
@@ -54,13 +56,14 @@ def quantize(config: Config, output: Path | None, quiet: bool) -> None:
     """Calibrate, evaluate and save; writes checkpoint, results, resolved config and report."""
     folder = output_folder(output or config.output)
     done = run(config, progress=not quiet)
-    path = checkpoints.save(done.quantized, folder / CHECKPOINT, extra={"config": config.dump()})
+    extra = {"config": config.dump()}
+    path = artefacts.save(done.quantized, folder, extra=extra, metrics=done.metrics)
     done.results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
     write_run(folder, config, done.results)
     if not quiet:
         console = Console()
         console.print(metrics_table(done.metrics))
-        console.print(f"written: {folder}/{CHECKPOINT}, {RESULTS}, {CONFIG}")
+        console.print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
         if absent := reports.missing():
             console.print(f"no report: it needs {' and '.join(absent)} (ptq4vit-plugin[report])")
 
@@ -153,23 +156,31 @@ def table(file: Path, form: str, published: Path | None) -> None:
 
 
 def evaluate(checkpoint: Path, config: Config | None) -> None:
-    """Measure a saved model against its float original."""
-    quantized = checkpoints.load(checkpoint).to(local_device())
-    if config is None:
-        saved = checkpoints.read_metadata(checkpoint).extra.get("config")
-        if saved is None:
-            raise ConfigError(
-                f"'{checkpoint}' does not say on which data to evaluate; give --config"
-            )
-        config = parse(saved, str(checkpoint))
-    Console().print(
-        metrics_table(evaluate_with(config, quantized, float_model(config), progress=True))
-    )
+    """Measure a saved model against its float original; torchrun's processes share the images."""
+    rank, ranks = sweeps.torchrun()
+    with ExitStack() as stack:
+        if ranks > 1:
+            dist.init_process_group()
+            stack.callback(dist.destroy_process_group)
+        file = artefacts.locate(checkpoint)
+        quantized = checkpoints.load(file).to(local_device())
+        if config is None:
+            saved = checkpoints.read_metadata(file).extra.get("config")
+            if saved is None:
+                raise ConfigError(
+                    f"'{checkpoint}' does not say on which data to evaluate; give --config"
+                )
+            config = parse(saved, str(checkpoint))
+        metrics = evaluate_with(
+            config, quantized, float_model(config), progress=rank == 0, share=(rank, ranks)
+        )
+        if rank == 0:
+            Console().print(metrics_table(metrics))
 
 
 def describe(checkpoint: Path) -> None:
     """Print a record per op."""
-    Console().print(record_table(describe_model(checkpoints.load(checkpoint))))
+    Console().print(record_table(describe_model(artefacts.load(checkpoint))))
 
 
 def plan(config: Config) -> None:
@@ -195,18 +206,34 @@ def calibration(config: Config, model: nn.Module, samples: int | None = None) ->
     """The calibration images that a config names, as an ``nncf.Dataset`` of batches."""
     wanted = config.data.calibration
     dataset = open_dataset(config.data, wanted.split, model)
-    return calibration_images(dataset, samples or wanted.samples, wanted.seed, wanted.batch_size)
+    return calibration_images(
+        dataset,
+        samples or wanted.samples,
+        wanted.seed,
+        wanted.batch_size,
+        skip_unreadable=wanted.skip_unreadable,
+    )
 
 
 def evaluate_with(
-    config: Config, model: nn.Module, reference: nn.Module, progress: bool
+    config: Config,
+    model: nn.Module,
+    reference: nn.Module,
+    progress: bool,
+    share: tuple[int, int] = (0, 1),
 ) -> Metrics:
-    """Measure a model on the evaluation images that a config names."""
+    """Measure a model on the evaluation images that a config names, or on one process's share."""
     wanted = config.data.evaluation
     dataset = open_dataset(config.data, wanted.split, model)
-    return measure(
-        model, loader(dataset, wanted.batch_size, samples=wanted.samples), reference, progress
+    batches = loader(
+        dataset,
+        wanted.batch_size,
+        samples=wanted.samples,
+        workers=wanted.workers,
+        skip_unreadable=wanted.skip_unreadable,
+        share=share,
     )
+    return measure(model, batches, reference, progress, wanted.precision)
 
 
 def write_text(path: Path, text: str) -> None:
