@@ -1,8 +1,7 @@
 """A quantized model in one ``.safetensors`` file: tensors, and in its metadata everything to
 rebuild it.
 
-Nothing is unpickled. Classes of hooks are imported only from NNCF, from this plugin and from
-distributions that registered a quantizer through an entry point, which the user installed.
+Nothing is unpickled, and classes are imported only from where `hooks.restore` allows.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ptq4vit_plugin import registry
 from ptq4vit_plugin.errors import CheckpointError
 from ptq4vit_plugin.files import written_whole
+from ptq4vit_plugin.integrations.integer import checkpoint as integer
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
+from ptq4vit_plugin.integrations.nncf.prepare import bare
 from ptq4vit_plugin.integrations.timm.attention import (
     fuse_attention,
     fused_attention,
@@ -42,6 +43,8 @@ class Metadata(BaseModel):
         How timm builds the architecture; None for a model that is not timm's.
     fused_attention
         Value of every ``fused_attn`` switch by module name: op names depend on them.
+    decomposed
+        Whether calls that hide products were taken apart: op names depend on that, too.
     nncf
         ``nncf.torch.get_config`` of the model: which hook sits where.
     record
@@ -55,6 +58,7 @@ class Metadata(BaseModel):
     format_version: int = FORMAT_VERSION
     recipe: Recipe | None = None
     fused_attention: dict[str, bool] = {}
+    decomposed: bool = False
     nncf: dict[str, Any]
     record: QuantizationRecord | None = None
     extra: dict[str, Any] = {}
@@ -88,6 +92,7 @@ def save(
     metadata = Metadata(
         recipe=recipe_of(model) if recipe is None else Recipe.model_validate(recipe),
         fused_attention=fused_attention(model),
+        decomposed=is_decomposed(model),
         nncf=nncf.torch.get_config(model),
         record=record_of(model),
         extra=extra or {},
@@ -105,6 +110,8 @@ def save(
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Read a quantized model; its logits are bit for bit those of the model that was saved.
 
+    An integer checkpoint that `export` wrote is read into a model that computes with integers.
+
     Parameters
     ----------
     model
@@ -118,6 +125,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         module that is not allowed.
     """
     path = Path(path)
+    if integer.is_integer(path):
+        return integer.load(path, model)
     metadata = read_metadata(path)
     if model is None:
         if metadata.recipe is None:
@@ -125,15 +134,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"'{path}' does not say how its model is built; give load(path, model=...)"
             )
         model = create(metadata.recipe)
+    model = bare(model)
     unfuse_attention(model)
     try:
         fuse_attention(model, (name for name, fused in metadata.fused_attention.items() if fused))
     except AttributeError as error:
         raise CheckpointError(f"'{path}' is of another model: {error}") from error
+    if metadata.decomposed:
+        decompose(model)
+    hooks.wrap(model)
     try:
-        model = nncf.torch.load_from_config(
-            model, metadata.nncf, allowed_modules=_allowed_modules()
-        )
+        model = hooks.restore(model, metadata.nncf)
     except nncf.InternalError as error:
         raise CheckpointError(f"'{path}': {error}") from error
     except (
@@ -181,8 +192,3 @@ def read_metadata(path: Path) -> Metadata:
     except (json.JSONDecodeError, AttributeError, ValidationError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(f"'{path}' has damaged metadata: {detail}") from error
-
-
-def _allowed_modules() -> tuple[str, ...]:
-    packages = {entry.value.split(":")[0].split(".")[0] for entry in registry.entries("quantizers")}
-    return ("nncf.*", *(pattern for name in sorted(packages) for pattern in (name, f"{name}.*")))

@@ -57,6 +57,8 @@ Then:
 
 - `ptq4vit quantize config.yaml` calibrates, evaluates and saves
 
+- `ptq4vit export runs/vit-small-w6a6/model.safetensors --format onnx` writes it for a runtime
+
 - `ptq4vit list` shows every algorithm, quantizer and data source
 """,
 )
@@ -78,17 +80,23 @@ def quantize(
         typer.Option("--output", "-o", help="Folder for results, instead of the config's."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Print one JSON object per event and line instead.")
+    ] = False,
 ) -> None:
     """Calibrate, evaluate and save a quantized model.
 
-    Writes the checkpoint, the measurements and the resolved config into the output folder.
+    Writes the checkpoint, the measurements and the resolved config into the output folder. A run
+    that was interrupted continues when the command is repeated.
 
     Example: `ptq4vit quantize config.yaml --output runs/w6a6`
+
+    Several processes: `torchrun --nproc-per-node 2 -m ptq4vit_plugin quantize config.yaml`
     """
     from . import commands
     from .config import read
 
-    commands.quantize(read(config), output, quiet)
+    commands.quantize(read(config), output, quiet, log_json)
 
 
 @app.command()
@@ -120,6 +128,59 @@ def describe(checkpoint: CheckpointPath) -> None:
     from . import commands
 
     commands.describe(checkpoint)
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointPath,
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="integer, openvino, onnx, or any in `list`.")
+    ] = "integer",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, instead of one beside the checkpoint."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="Take the images to compare on from this config."),
+    ] = None,
+    min_sqnr: Annotated[
+        float,
+        typer.Option(help="Logit SQNR in dB to reach against the simulated model."),
+    ] = 10.0,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of the format, such as allow_float=true."),
+    ] = None,
+) -> None:
+    """Write a saved model for a runtime, run the result and compare it with the saved model.
+
+    The comparison, on the calibration images, goes into `results.json` beside the written file.
+
+    Example: `ptq4vit export runs/w8a8/model.safetensors --format openvino`
+    """
+    from . import commands
+    from .config import read
+
+    commands.export(
+        checkpoint, format, output, read(config) if config else None, min_sqnr, option or []
+    )
+
+
+@app.command()
+def run(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="What `export` wrote: .xml, .onnx, .safetensors")
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+) -> None:
+    """Classify image files with an exported model: the five most probable classes.
+
+    Example: `ptq4vit run runs/w8a8/model.xml cat.jpg`
+    """
+    from . import commands
+
+    commands.run(model, images)
 
 
 @app.command()

@@ -16,19 +16,23 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from torch import distributed as dist
 from torch import nn
 
 from ptq4vit_plugin import artefacts
 from ptq4vit_plugin import checkpoint as checkpoints
 from ptq4vit_plugin import sweep as sweeps
+from ptq4vit_plugin.algorithms.finished import remove
 from ptq4vit_plugin.config import Config, parse
 from ptq4vit_plugin.data import calibration_images, loader, open_dataset
 from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
+from ptq4vit_plugin.exporting import export as export_model
+from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.files import output_folder, written_whole
-from ptq4vit_plugin.integrations.device import local_device, peak_memory
+from ptq4vit_plugin.integrations.device import local_device
+from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks
+from ptq4vit_plugin.integrations.timm.images import open_image
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.pipeline import plan as make_plan
 from ptq4vit_plugin.pipeline import quantize as quantize_model
@@ -36,10 +40,18 @@ from ptq4vit_plugin.record import describe as describe_model
 from ptq4vit_plugin.record import record_of
 from ptq4vit_plugin.reporting import report as reports
 from ptq4vit_plugin.reporting import results as result_tables
-from ptq4vit_plugin.reporting.tables import metrics_table, plan_table, record_table
+from ptq4vit_plugin.reporting.events import event, json_lines
+from ptq4vit_plugin.reporting.tables import (
+    cost_line,
+    export_table,
+    metrics_table,
+    plan_table,
+    record_table,
+)
 
 RESULTS = "results.json"
 CONFIG = "config.yaml"
+FINISHED = "finished-ops"  # folder
 
 
 @dataclass
@@ -52,29 +64,62 @@ class Run:
     results: dict[str, Any]
 
 
-def quantize(config: Config, output: Path | None, quiet: bool) -> None:
-    """Calibrate, evaluate and save; writes checkpoint, results, resolved config and report."""
-    folder = output_folder(output or config.output)
-    done = run(config, progress=not quiet)
-    extra = {"config": config.dump()}
-    path = artefacts.save(done.quantized, folder, extra=extra, metrics=done.metrics)
-    done.results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
-    write_run(folder, config, done.results)
-    if not quiet:
-        console = Console()
-        console.print(metrics_table(done.metrics))
-        console.print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
-        if absent := reports.missing():
-            console.print(f"no report: it needs {' and '.join(absent)} (ptq4vit-plugin[report])")
+def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = False) -> None:
+    """Calibrate, evaluate and save; writes checkpoint, results, resolved config and report.
+
+    Finished ops are kept in the output folder until then, so that the same command continues a run
+    that was killed. Under torchrun all processes calibrate, and the first does the rest.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(process_group())
+        if log_json and rank() == 0:
+            stack.enter_context(json_lines(sys.stdout))
+        folder = output_folder(output or config.output)
+        silent = quiet or log_json
+        done = run_config(config, not silent, resume=folder / FINISHED)
+        if done is None:
+            return
+        extra = {"config": config.dump()}
+        path = artefacts.save(done.quantized, folder, extra=extra, metrics=done.metrics)
+        done.results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
+        write_run(folder, config, done.results)
+        remove(folder / FINISHED)
+        event("written", folder=str(folder), files=[path.name, artefacts.CARD, RESULTS, CONFIG])
+        if not silent:
+            console = Console()
+            console.print(metrics_table(done.metrics))
+            record = record_of(done.quantized)
+            if record is not None:
+                console.print(cost_line(record))
+            console.print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
+            if absent := reports.missing():
+                needed = " and ".join(absent)
+                console.print(f"no report: it needs {needed} (ptq4vit-plugin\\[report])")
 
 
-def run(config: Config, progress: bool) -> Run:
-    """Calibrate and evaluate what a config says, on this process's device."""
+def run_config(config: Config, progress: bool, resume: Path | None = None) -> Run | None:
+    """Calibrate and evaluate what a config says, on this process's device.
+
+    Returns
+    -------
+    Run or None
+        None in all processes but the first of those that calibrate together.
+    """
     started = time.perf_counter()
     model = float_model(config)
-    quantized = quantize_model(model, calibration(config, model), config)
+    promised = any(step.get("accuracy") for step in config.compression)
+    quantized = quantize_model(
+        model,
+        calibration(config, model),
+        config,
+        validation_dataset=evaluation(config, model) if promised else None,
+        resume=resume,
+    )
     calibrated = time.perf_counter()
+    if rank() != 0:
+        return None
     metrics = evaluate_with(config, quantized, model, progress)
+    event("evaluated", **json.loads(metrics.model_dump_json()))
     record = record_of(quantized)
     results = {
         "metrics": metrics.model_dump(mode="json"),
@@ -82,7 +127,6 @@ def run(config: Config, progress: bool) -> Run:
             "calibration": calibrated - started,
             "evaluation": time.perf_counter() - calibrated,
         },
-        "peak_memory_bytes": peak_memory(local_device()),
         "environment": environment(),
         "calibration": None if record is None else record.model_dump(mode="json"),
     }
@@ -123,24 +167,24 @@ def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool
     folder = output_folder(described.output)
     path = folder / sweeps.RESULTS
     known = {row["key"] for row in sweeps.results(path)} if path.exists() else set()
-    rank, ranks = sweeps.torchrun()
-    mine = sweeps.share(cells, rank, ranks)
+    number, processes = sweeps.torchrun()
+    mine = sweeps.share(cells, number, processes)
     todo = [cell for cell in mine if cell.key not in known]
     console = Console(stderr=True, quiet=quiet)
-    who = f"rank {rank}: " if ranks > 1 else ""
+    who = f"rank {number}: " if processes > 1 else ""
     console.print(f"{who}{len(mine)} cells, {len(mine) - len(todo)} of them done before")
     failed = []
-    for number, cell in enumerate(todo, start=1):
-        console.print(f"{who}{number}/{len(todo)} {cell.title}")
+    for place, cell in enumerate(todo, start=1):
+        console.print(f"{who}{place}/{len(todo)} {cell.title}")
         try:
-            done = run(cell.config, progress=not quiet)
+            done = run_config(cell.config, progress=not quiet)
         except PTQ4ViTError as error:
             failed.append(cell)
             print(f"{who}failed: {cell.title}: {error}", file=sys.stderr)
             continue
         write_run(output_folder(cell.config.output), cell.config, done.results)
         sweeps.append(path, result_tables.line(cell, done.results))
-    if ranks == 1 and path.exists():
+    if processes == 1 and path.exists():
         keys = {cell.key for cell in cells}
         rows = [row for row in sweeps.results(path) if row["key"] in keys]
         published = result_tables.read_published(described.published)
@@ -157,11 +201,7 @@ def table(file: Path, form: str, published: Path | None) -> None:
 
 def evaluate(checkpoint: Path, config: Config | None) -> None:
     """Measure a saved model against its float original; torchrun's processes share the images."""
-    rank, ranks = sweeps.torchrun()
-    with ExitStack() as stack:
-        if ranks > 1:
-            dist.init_process_group()
-            stack.callback(dist.destroy_process_group)
+    with process_group():
         file = artefacts.locate(checkpoint)
         quantized = checkpoints.load(file).to(local_device())
         if config is None:
@@ -172,15 +212,63 @@ def evaluate(checkpoint: Path, config: Config | None) -> None:
                 )
             config = parse(saved, str(checkpoint))
         metrics = evaluate_with(
-            config, quantized, float_model(config), progress=rank == 0, share=(rank, ranks)
+            config, quantized, float_model(config), progress=rank() == 0, share=(rank(), ranks())
         )
-        if rank == 0:
+        if rank() == 0:
             Console().print(metrics_table(metrics))
 
 
 def describe(checkpoint: Path) -> None:
     """Print a record per op."""
     Console().print(record_table(describe_model(artefacts.load(checkpoint))))
+
+
+def export(
+    checkpoint: Path,
+    format: str,
+    output: Path | None,
+    config: Config | None,
+    min_sqnr: float,
+    options: list[str],
+) -> None:
+    """Write a saved model for a runtime; the comparison goes into ``results.json`` beside it."""
+    checkpoint = artefacts.locate(checkpoint)
+    model = checkpoints.load(checkpoint)
+    given = dict(option.partition("=")[::2] for option in options)
+    if config is None and (saved := checkpoints.read_metadata(checkpoint).extra.get("config")):
+        config = parse(saved, str(checkpoint))
+    images = None if config is None else calibration(config, model)
+    path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}")
+    report = export_model(
+        model,
+        path,
+        format,
+        images,
+        min_sqnr,
+        **{key: yaml.safe_load(value) for key, value in given.items()},
+    )
+    results = path.parent / "results.json"
+    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    exports = {**known.get("exports", {}), format: report.model_dump(mode="json")}
+    write_text(results, json.dumps({**known, "exports": exports}, indent=2))
+    console = Console()
+    console.print(export_table(report))
+    console.print(f"written: {', '.join(str(path.parent / name) for name in report.files)}")
+
+
+def run(model: Path, images: list[Path]) -> None:
+    """Print the five most probable classes of image files."""
+    exporter = exporter_of(model)
+    preprocessing = exporter.preprocessing(model)
+    transform, classify = preprocessing.transform(), exporter.read(model)
+    for path in images:
+        with torch.inference_mode():
+            logits = classify(transform(open_image(path))[None])[0]
+        found = logits.float().softmax(0).topk(min(5, len(logits)))
+        names = preprocessing.labels or [f"class {index}" for index in range(len(logits))]
+        print(path)
+        for probability, index in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+            print(f"  {100 * probability:5.1f} %  {names[index]}")
 
 
 def plan(config: Config) -> None:
@@ -223,9 +311,15 @@ def evaluate_with(
     share: tuple[int, int] = (0, 1),
 ) -> Metrics:
     """Measure a model on the evaluation images that a config names, or on one process's share."""
+    precision = config.data.evaluation.precision
+    return measure(model, evaluation(config, model, share), reference, progress, precision)
+
+
+def evaluation(config: Config, model: nn.Module, share: tuple[int, int] = (0, 1)) -> Any:
+    """Labelled batches of the evaluation images that a config names, or one process's share."""
     wanted = config.data.evaluation
     dataset = open_dataset(config.data, wanted.split, model)
-    batches = loader(
+    return loader(
         dataset,
         wanted.batch_size,
         samples=wanted.samples,
@@ -233,7 +327,6 @@ def evaluate_with(
         skip_unreadable=wanted.skip_unreadable,
         share=share,
     )
-    return measure(model, batches, reference, progress, wanted.precision)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,6 +24,10 @@ class CheckpointError(PTQ4ViTError):
     """A checkpoint is damaged, of another model, too new, or not allowed to be loaded."""
 
 
+class ExportError(PTQ4ViTError):
+    """A model cannot be exported, or what was exported does not compute what the model does."""
+
+
 class RegistryError(PTQ4ViTError):
     """A registered name is unknown, ambiguous or does not load."""
 

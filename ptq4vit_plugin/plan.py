@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ Granularity = Literal["tensor", "channel", "row_blocks", "head"]
 class Source:
     """Where an operand's numbers come from.
 
-    ``kind`` is ``weight``, ``image`` (the model's input), ``softmax``, ``activation`` or the name
-    of an activation function; ``minimum_scale`` is c of x·sigmoid(c·x) for functions written that
-    way.
+    ``kind`` is ``weight``, ``constant`` (a factor of a matrix product that no image reaches),
+    ``image`` (the model's input), ``softmax``, ``activation`` or the name of an activation
+    function; ``minimum_scale`` is c of x·sigmoid(c·x) for functions written that way. A weight
+    without ``parameter`` is computed in forward, or a buffer.
     """
 
     kind: str
@@ -118,9 +120,35 @@ class Plan(BaseModel):
     ops: tuple[Op, ...]
     left_out: tuple[LeftOut, ...] = ()
 
+    def at_bits(self, bits: Mapping[str, int]) -> Plan:
+        """The plan with other bits for both operands of ops, by name. Images keep theirs."""
+
+        def changed(operand: Operand, width: int) -> Operand:
+            if operand.quantizer is None or operand.source == "image":
+                return operand
+            return operand.model_copy(update={"bits": width})
+
+        ops = [
+            op.model_copy(
+                update={"operands": tuple(changed(o, bits[op.name]) for o in op.operands)}
+            )
+            if op.name in bits
+            else op
+            for op in self.ops
+        ]
+        return self.model_copy(update={"ops": tuple(ops)})
+
     @property
     def macs_quantized(self) -> float:
-        """Share of multiply-accumulates whose two operands are both quantized, 0 ... 1."""
+        """Share of multiply-accumulates whose two operands are both quantized, 0 ... 1.
+
+        A parameter that several ops share is quantized for all of them.
+        """
         total = sum(op.macs for op in self.ops) + sum(op.macs for op in self.left_out)
-        whole = sum(op.macs for op in self.ops if all(o.quantizer for o in op.operands))
+        shared = {o.parameter for op in self.ops for o in op.operands if o.quantizer} - {None}
+        whole = sum(
+            op.macs
+            for op in self.ops
+            if all(o.quantizer or o.parameter in shared for o in op.operands)
+        )
         return whole / total if total else 0.0

@@ -69,8 +69,26 @@ class OpRecord(_Frozen):
     sqnr_db: float | None = None
 
 
+class TrialRecord(_Frozen):
+    """One model that was measured to hold an accuracy: raises of bits before it, points lost."""
+
+    moves: int
+    drop: float
+
+
 class QuantizationRecord(_Frozen):
-    """One run of an algorithm on a model."""
+    """One run of an algorithm on a model.
+
+    Attributes
+    ----------
+    passes
+        How often the calibration images went forward and backward; each pass records as many ops as
+        fit the memory budget.
+    peak_memory
+        Most bytes the process had held by the end of it; None in checkpoints of older releases.
+    trials
+        What was tried, if there was an accuracy to hold.
+    """
 
     algorithm: str
     settings: dict[str, Any]
@@ -78,6 +96,9 @@ class QuantizationRecord(_Frozen):
     ops: tuple[OpRecord, ...]
     images: int
     seconds: float
+    passes: int = 1
+    peak_memory: int | None = None
+    trials: tuple[TrialRecord, ...] = ()
 
 
 def attach(model: nn.Module, record: QuantizationRecord) -> None:

@@ -50,13 +50,40 @@ def assert_refused(result, *words):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def logged(tmp_path_factory):
+    """Output folder of a run and the lines that it printed with ``--log-json``."""
     folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        result = CliRunner().invoke(app, ["quantize", str(config_file(folder))])
+        result = CliRunner().invoke(app, ["quantize", str(config_file(folder)), "--log-json"])
     assert result.exit_code == 0, result.output
-    return folder / "run"
+    return folder / "run", result.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def finished(logged):
+    return logged[0]
+
+
+def test_log_json_is_one_object_per_event(logged):
+    folder, lines = logged
+    events = [json.loads(line) for line in lines]
+    results = json.loads((folder / "results.json").read_text())
+    names = [event["event"] for event in events]
+    passes = results["calibration"]["passes"]
+    assert names == [
+        "calibration",
+        *["forward_backward"] * 4 * passes,
+        *["op"] * 26,
+        "evaluated",
+        "written",
+    ]
+    ops = [event for event in events if event["event"] == "op"]
+    for done, (event, op) in enumerate(zip(ops, results["calibration"]["ops"], strict=True), 1):
+        assert (event["done"], event["ops"]) == (done, 26)
+        assert event["name"] == op["name"] and event["objective_after"] == op["objective_after"]
+    assert events[-2]["sqnr_db"] == results["metrics"]["sqnr_db"]
+    assert results["calibration"]["peak_memory"] > 2**27
 
 
 def test_quantize_writes_checkpoint_results_and_resolved_config(finished):

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.plan import Source
 
 SMALL = {
     "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, depth=2)),
@@ -115,15 +116,91 @@ def test_activations_written_out_are_recognised():
     assert found[1].sources[0].minimum_scale == 1.702
 
 
-def test_computed_weight_is_left_out_with_its_reason():
+def test_computed_weight_is_quantized_where_the_op_takes_it():
     class Normalised(nn.Linear):
         def forward(self, x):
             return torch.nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
 
     found, left_out = find_ops(hooks.trace(Chain(Normalised(4, 3)), torch.randn(2, 4)), 2)
-    assert found == []
-    assert [(op.kind, op.macs) for op in left_out] == [("linear", 12)]
-    assert "computed" in left_out[0].reason
+    assert left_out == []
+    assert [(op.kind, op.macs, op.sources[1]) for op in found] == [("linear", 12, Source("weight"))]
+
+
+def test_weight_that_is_a_buffer_has_no_parameter_to_hook():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("kernel", torch.randn(3, 4))
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.kernel)
+
+    found, _ = find_ops(hooks.trace(Fixed(), torch.randn(2, 4)), 2, {"kernel"})
+    assert [op.sources[1] for op in found] == [Source("weight")]
+
+
+def test_weight_made_of_the_image_is_left_out():
+    class Dynamic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.mix(x))
+
+    found, left_out = find_ops(hooks.trace(Dynamic(), torch.randn(2, 4)), 2)
+    assert [op.name for op in found] == ["mix/linear/0"]
+    assert [op.reason for op in left_out] == ["its weight depends on the image"]
+
+
+def test_what_no_image_reaches_is_left_out():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5, 2))
+            self.bias = nn.Linear(2, 4)
+
+        def forward(self, x):
+            return (x @ torch.ones(4, 4)) + self.bias(self.table).sum(0)
+
+    found, left_out = find_ops(hooks.trace(Biased(), torch.randn(3, 4)), 3)
+    assert [(op.name, op.sources[1].kind, op.macs) for op in found] == [
+        ("/matmul/0", "constant", 16)
+    ]
+    assert [op.name for op in left_out] == ["bias/linear/0"]
+    assert "no image" in left_out[0].reason
+
+
+def test_a_gated_product_is_no_activation_output():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.c(torch.nn.functional.silu(self.a(x)) * self.b(x))
+
+    found, _ = find_ops(hooks.trace(Gated(), torch.randn(2, 4)), 2)
+    assert found[-1].sources[0].kind == "activation"
+
+
+def test_softmax_is_followed_through_masking_and_joining_only():
+    class Mixed(nn.Module):
+        def forward(self, x):
+            p = x.softmax(-1)
+            halves = torch.cat([p[:, :1], p[:, 1:]], 1).masked_fill(x < 0, 0)
+            return p @ x, halves @ x, (p * x) @ x, p.masked_fill(x < 0, 2.0) @ x
+
+    found, _ = find_ops(hooks.trace(Mixed(), torch.randn(2, 3, 3)), 2)
+    kinds = [op.sources[0].kind for op in found]
+    assert kinds == ["softmax", "softmax", "activation", "activation"]
+
+
+def test_left_out_convolutions_have_macs():
+    model = Chain(nn.ConvTranspose2d(3, 5, 2, stride=2), nn.Conv2d(5, 2, 1))
+    found, left_out = find_ops(hooks.trace(model, torch.randn(2, 3, 4, 4)), 2)
+    assert [op.macs for op in found] == [64 * 5 * 2]
+    assert [(op.kind, op.macs) for op in left_out] == [("conv_transpose2d", 16 * 3 * 5 * 4)]
 
 
 def test_fused_attention_without_a_switch_is_left_out_with_its_reason():

@@ -1,5 +1,8 @@
 """`quantize` from end to end: configs, NNCF steps, scopes, seeds, extension, bad input."""
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import nncf
 import numpy as np
 import pytest
@@ -9,12 +12,14 @@ from nncf.quantization.algorithms.pipeline import Pipeline
 from torch import nn
 
 import ptq4vit_plugin as ptq
+from ptq4vit_plugin.algorithms import scale_search
 from ptq4vit_plugin.algorithms.ptq4vit import PTQ4ViT
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELUQuantizer
 from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmaxQuantizer
+from ptq4vit_plugin.record import record_of
 
 SHORT = {"rounds": 1}
 
@@ -107,6 +112,21 @@ def test_gradients_from_labels_need_labels(model):
 def test_memory_budget_changes_passes_not_scales(model, quantized):
     tight = ptq.quantize(model, images(), short(memory_budget=1e-9))
     assert all(torch.equal(v, scales(quantized)[name]) for name, v in scales(tight).items())
+    assert record_of(quantized).passes == 1
+    assert record_of(tight).passes == len(ptq.describe(tight))
+    assert record_of(tight).peak_memory > 2**27
+
+
+@pytest.mark.parametrize("ops", [1, 10, 84])
+def test_default_memory_budget_makes_three_passes_at_most(ops, monkeypatch):
+    monkeypatch.setattr(scale_search.psutil, "virtual_memory", lambda: Mock(available=2**40))
+    for size in (2**20, 2**28, 2**30):
+        monkeypatch.setattr(scale_search, "_recorded_bytes", lambda op, found, size=size: size)
+        plan = [SimpleNamespace(name=str(index)) for index in range(ops)]
+        found = {op.name: None for op in plan}
+        groups = list(PTQ4ViT()._groups(plan, found, images(1)))
+        assert sum(groups, []) == plan and len(groups) <= 3
+        assert ops * size > 2**30 or len(groups) == 1
 
 
 def test_ignored_scopes(model):

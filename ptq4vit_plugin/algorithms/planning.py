@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 IMAGE_BITS = (
     8  # pixels are 8-bit data: fewer bits would lose information that costs nothing to keep
 )
+# Unsigned codes at the left of a product; integer kernels want the right one signed.
+NON_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
 
 
 def make_plan(found: Sequence[FoundOp], left_out: Sequence[LeftOut], settings: ScaleSearch) -> Plan:
@@ -87,7 +89,10 @@ def _operand(op: FoundOp, port: int, settings: ScaleSearch) -> Operand:
             source="image",
             reason="the paper leaves the patch embedding's input in float",
         )
-    quantizer, options = _activation_quantizer(source, settings)
+    quantizer, options = _activation_quantizer(source, port, settings)
+    if quantizer == "asymmetric" and op.kind == "matmul" and source.kind != "softmax":
+        # A zero point needs a bias that takes it up, or, as a softmax's, to be zero.
+        quantizer = "uniform"
     return Operand(
         port=port,
         source=source.kind,
@@ -108,7 +113,9 @@ def _weight_granularity(op: FoundOp, wanted: str) -> Granularity:
     )
 
 
-def _activation_quantizer(source: Source, settings: ScaleSearch) -> tuple[str, dict[str, Any]]:
+def _activation_quantizer(
+    source: Source, port: int, settings: ScaleSearch
+) -> tuple[str, dict[str, Any]]:
     if source.kind == "softmax":
         return _twin(settings.twin.softmax, "twin_softmax"), {}
     if source.kind in MINIMA:
@@ -117,7 +124,7 @@ def _activation_quantizer(source: Source, settings: ScaleSearch) -> tuple[str, d
             return quantizer, {}
         minimum = MINIMA[source.kind] / source.minimum_scale
         return quantizer, {"minimum": minimum, "scale_ratio": settings.scale_ratio}
-    if source.kind in ("relu", "relu6") and settings.activations.quantizer == "uniform":
+    if source.kind in NON_NEGATIVE and port == 0 and settings.activations.quantizer == "uniform":
         return "uniform", {"signed": False}
     return settings.activations.quantizer, {}
 

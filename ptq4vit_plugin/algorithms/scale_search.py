@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
+from operator import attrgetter
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import psutil
@@ -16,25 +19,42 @@ from nncf.quantization.algorithms.algorithm import Algorithm
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from ptq4vit_plugin import registry
+from ptq4vit_plugin import __version__, registry
 from ptq4vit_plugin.algorithms.diagnosis import histogram, output_sqnr, thinned
+from ptq4vit_plugin.algorithms.finished import FinishedOps, Place, key_of
 from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
 from ptq4vit_plugin.algorithms.planning import make_plan, matches
 from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
-from ptq4vit_plugin.algorithms.settings import Activations, Override, Twin, Weights
+from ptq4vit_plugin.algorithms.settings import (
+    Accuracy,
+    Activations,
+    MixedPrecision,
+    Override,
+    Twin,
+    Weights,
+)
 from ptq4vit_plugin.algorithms.views import GemmView, view_of
 from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.integrations import distributed
+from ptq4vit_plugin.integrations.device import device_of, peak_memory
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
 from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, batches, record
+from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.timm.attention import fuse_attention, unfuse_attention
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp, Op, Operand, Plan
 from ptq4vit_plugin.quantizers.base import OperandQuantizer, SearchRange
 from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord, attach
+from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
 
 GIB = 2**30
+# Candidates of the search that only ranks ops.
+SENSITIVITY_STEPS = 25
 Metric = Literal[
     "hessian", "cosine", "mse", "l1", "linear_weighted_l2", "square_weighted_l2", "pearson"
 ]
@@ -43,7 +63,8 @@ Metric = Literal[
 class ScaleSearch(BaseModel, Algorithm):
     """Choose every scale by searching for the one that disturbs the op's output least.
 
-    Lifecycle of `apply`: attention is unfused; ops are found on the NNCF graph; a plan gives each
+    Lifecycle of `apply`: attention is unfused; batch
+    normalization is folded into convolutions; ops are found on the NNCF graph; a plan gives each
     operand a quantizer; operands and gradients are recorded in as few forward/backward passes as
     fit the memory; the search runs op by op, always against the floating-point model; quantizers
     are inserted as NNCF hooks.
@@ -76,17 +97,30 @@ class ScaleSearch(BaseModel, Algorithm):
     search_range: SearchRange = SearchRange()
     rounds: int = Field(default=3, ge=1)
     gradient: Gradient = Gradient()
+    mixed_precision: MixedPrecision | None = Field(
+        default=None, description="bits per op by sensitivity instead of one width for all"
+    )
+    accuracy: Accuracy | None = Field(
+        default=None,
+        description="raise bits until this drop is held on validation images (verb quantize)",
+    )
     memory_budget: float | None = Field(
         default=None,
         gt=0,
-        description="GiB for recorded activations; default: a quarter of what is free",
+        description="GiB for recorded activations; default: a third of what one pass would "
+        "record, 1 at least, a quarter of what is free at most",
     )
 
     _dataset: Any = PrivateAttr(default=None)
+    _finished: Path | None = PrivateAttr(default=None)
 
     def __init__(self, dataset: Any = None, **fields: Any) -> None:
         super().__init__(**fields)
         self._dataset = dataset
+
+    def keep_finished_ops(self, folder: Path | None) -> None:
+        """Keep finished ops in a folder, and take from there those of an interrupted run."""
+        self._finished = folder
 
     @model_validator(mode="after")
     def _expand_granularity(self) -> Self:
@@ -131,7 +165,8 @@ class ScaleSearch(BaseModel, Algorithm):
         ModelError
             There is nothing to quantize.
         """
-        found, left_out = find_ops(graph, batch_size)
+        buffers = {name for name, _ in model.named_buffers()}
+        found, left_out = find_ops(graph, batch_size, buffers)
         plan = make_plan(found, left_out, self)
         if not any(op.kind in ("linear", "matmul") for op in plan.ops):
             reasons = ", ".join(f"{op.name} ({op.reason})" for op in plan.left_out)
@@ -175,14 +210,19 @@ class ScaleSearch(BaseModel, Algorithm):
             name = type(self).__name__
             raise DataError(f"{name} needs calibration images: {name}(dataset, ...)")
         data = batches(source)
-        switched = unfuse_attention(module)
-        if switched:
-            graph = hooks.trace(module, data[0].to(module).example)
+        example = data[0].to(module)
+        before = is_decomposed(module)
+        switched = prepare(module, example)
+        if switched or is_decomposed(module) != before:
+            graph = hooks.trace(module, example.example)
+        fold_batch_norms(module, graph)
         plan, found = self.plan(module, graph, len(data[0]))
-        quantizers, records = self._calibrate(module, data, plan, found)
+        if self.mixed_precision is not None:
+            plan = self._mixed(module, data, plan, found)
+        quantizers, records, passes = self._calibrate(module, data, plan, found)
         for place, quantizer in quantizers.items():
             hooks.insert(module, *place, quantizer)
-        fuse_attention(module, _without_products(switched, plan))
+        fuse_attention(module, _without_products(module, switched, plan))
         hooks.forget_graph(model)
         attach(
             module,
@@ -193,42 +233,120 @@ class ScaleSearch(BaseModel, Algorithm):
                 ops=tuple(records),
                 images=sum(map(len, data)),
                 seconds=time.perf_counter() - started,
+                passes=passes,
+                peak_memory=peak_memory(device_of(module)),
             ),
         )
         return model
 
+    def _mixed(
+        self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
+    ) -> Plan:
+        """The plan with the bits that the objective asks for within the budget."""
+        wanted = self.mixed_precision
+        coarse = self.model_copy(
+            update={"rounds": 1, "search_range": replace(self.search_range, n=SENSITIVITY_STEPS)}
+        )
+        coarse.keep_finished_ops(None)  # they are not the ops of the result
+        objectives = [
+            {r.name: r.objective_after for r in coarse._calibrate(module, data, at, found)[1]}
+            for at in (plan.at_bits(dict.fromkeys(found, bits)) for bits in wanted.choices)
+        ]
+        chosen = choose_bits(
+            [[objective[op.name] for objective in objectives] for op in plan.ops],
+            [op.macs if wanted.budget == "macs" else _size(found[op.name]) for op in plan.ops],
+            wanted.choices,
+            wanted.average_bits,
+        )
+        return plan.at_bits({op.name: bits for op, bits in zip(plan.ops, chosen, strict=True)})
+
     def _calibrate(
         self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
-    ) -> tuple[dict[tuple[str, int | None], nn.Module], list[OpRecord]]:
-        """Search all ops; returns quantizers by (op name, port) or (parameter name, None)."""
-        quantizers: dict[tuple[str, int | None], nn.Module] = {}
-        records = []
+    ) -> tuple[dict[Place, nn.Module], list[OpRecord], int]:
+        """Search all ops; returns quantizers by place, records, and the number of passes."""
+        finished = FinishedOps(
+            self._finished, self._key(module, data, plan, found) if self._finished else ""
+        )
+        records, quantizers = _restored(finished, plan, module)
+        waiting = plan.ops[len(records) :]
+        data = distributed.share(data)
         gradient = self.gradient if self.metric == "hessian" else None
-        groups = list(_groups(plan.ops, found, data, self._budget()))
-        with progress("Calibrating", total=len(data) * len(groups) + len(plan.ops)) as advance:
-            for group in groups:
+        groups = list(self._groups(waiting, found, data))
+        images = sum(map(len, data))
+        event("calibration", ops=len(plan.ops), finished=len(records), passes=len(groups))
+        ranked = gradient is None or len(records) > 0  # is there any gradient to rank by?
+        with progress(
+            "Calibrating", len(data) * len(groups) + len(waiting), visible=distributed.rank() == 0
+        ) as advance:
+            for number, group in enumerate(groups, 1):
+
+                def batch_done(number: int = number) -> None:
+                    advance("forward and backward")
+                    event("forward_backward", number=number, passes=len(groups))
+
                 recorded = record(
-                    module,
-                    data,
-                    [found[op.name] for op in group],
-                    gradient,
-                    lambda: advance("forward and backward"),
+                    module, data, [found[op.name] for op in group], gradient, batch_done
                 )
                 for op in group:
-                    advance(op.name)
-                    records.append(
-                        self._search_op(
-                            module, op, found[op.name], recorded.pop(op.name), quantizers
-                        )
+                    advance(f"{op.kind} {op.name}")
+                    seen = recorded.pop(op.name)
+                    ranked = ranked or any(value.any() for value in seen.fisher)
+                    result, made = self._search_op(
+                        module, op, found[op.name], seen, images, quantizers
                     )
-        return quantizers, records
+                    quantizers |= made
+                    records.append(result)
+                    if distributed.rank() == 0:
+                        finished.save(result, made)
+                    event("op", done=len(records), ops=len(plan.ops), **_facts(result))
+        if not ranked:
+            raise ModelError(
+                "the gradient is zero at every op, so nothing can be ranked; the model's output "
+                "does not depend on its ops, or its softmax is saturated: use metric 'mse' or "
+                "'cosine'"
+            )
+        return quantizers, records, len(groups)
 
-    def _budget(self) -> float:
-        return (
-            self.memory_budget * GIB
-            if self.memory_budget
-            else psutil.virtual_memory().available / 4
+    def _key(
+        self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
+    ) -> str:
+        """Everything that the scales depend on; how much memory they may take is not of it."""
+        settings = self.model_dump(mode="json", exclude={"memory_budget"})
+        structure = [type(self).__name__, str(module), str(plan), str(found)]
+        return key_of(
+            [__version__, distributed.ranks(), settings, structure],
+            module,
+            [[batch.args, batch.kwargs, batch.labels] for batch in data],
         )
+
+    def _groups(
+        self, ops: Sequence[Op], found: dict[str, FoundOp], data: Sequence[Batch]
+    ) -> Iterator[list[Op]]:
+        """Consecutive ops whose recorded tensors fit the budget together; one op at least."""
+        batches = sum(map(len, data)) / len(data[0])
+        sizes = [_recorded_bytes(op, found[op.name]) * batches for op in ops]
+        budget = self._budget(sizes)
+        group: list[Op] = []
+        used = 0.0
+        for op, size in zip(ops, sizes, strict=True):
+            if group and used + size > budget:
+                yield group
+                group, used = [], 0.0
+            group.append(op)
+            used += size
+        if group:
+            yield group
+
+    def _budget(self, sizes: Sequence[float]) -> float:
+        """Bytes of recorded tensors at a time.
+
+        A third of everything: with the op that does not fit any more, that makes three passes, of
+        which later ones go backward only as far as their first op.
+        """
+        if self.memory_budget:
+            return self.memory_budget * GIB
+        third = sum(sizes) / 3 + max(sizes, default=0)
+        return min(max(third, GIB), psutil.virtual_memory().available / 4)
 
     @torch.no_grad()
     def _search_op(
@@ -237,11 +355,12 @@ class ScaleSearch(BaseModel, Algorithm):
         op: Op,
         found: FoundOp,
         seen: Recorded,
-        quantizers: dict[tuple[str, int | None], nn.Module],
-    ) -> OpRecord:
+        images: int,
+        quantizers: dict[Place, nn.Module],
+    ) -> tuple[OpRecord, dict[Place, nn.Module]]:
+        """The op's record, and its quantizers by place; empties ``seen``."""
         started = time.perf_counter()
         view = view_of(found)
-        images = 1 if op.kind == "matmul" else sum(map(len, seen.inputs[0]))
         gemm = _gemm(module, op, found, view, seen, quantizers)
         left, right = (
             self._quantizer(operand, view, x)
@@ -255,16 +374,17 @@ class ScaleSearch(BaseModel, Algorithm):
             rounds=self.rounds,
             order=("a", "b") if op.kind == "matmul" else ("b", "a"),
             strategy=self.search,
-            images=images,
+            images=1 if op.kind == "matmul" else images,
+            reduce=distributed.total,
         )
-        operands = []
+        operands, made = [], {}
         for name, operand, quantizer, index in zip(
             "ab", op.operands, (left, right), (result.a_index, result.b_index), strict=True
         ):
             if quantizer is not None:
                 place = (operand.parameter, None) if operand.parameter else (op.name, operand.port)
                 hook = quantizer.module(index, lambda s, port=operand.port: view.layout(port, s))
-                quantizers[place] = hook
+                made[place] = hook
             operands.append(
                 _operand_record(operand, quantizer, index).model_copy(
                     update={
@@ -273,7 +393,7 @@ class ScaleSearch(BaseModel, Algorithm):
                     }
                 )
             )
-        return OpRecord(
+        chosen = OpRecord(
             name=op.name,
             kind=op.kind,
             role=op.role,
@@ -284,6 +404,7 @@ class ScaleSearch(BaseModel, Algorithm):
             sqnr_db=output_sqnr(gemm, left, right, result),
             seconds=time.perf_counter() - started,
         )
+        return chosen, made
 
     def _quantizer(self, operand: Operand, view: GemmView, x: Tensor) -> OperandQuantizer | None:
         if operand.quantizer is None:
@@ -292,7 +413,13 @@ class ScaleSearch(BaseModel, Algorithm):
         grouping = view.grouping(operand.port, operand.granularity)
         quantizer = family(operand.bits, grouping, self.search_range, **operand.options)
         quantizer.observe(x)
+        for extreme in (distributed.smallest(quantizer.low), distributed.largest(quantizer.high)):
+            quantizer.observe(extreme)
         return quantizer
+
+
+def _size(found: FoundOp) -> int:
+    return 0 if found.kind == "matmul" else prod(found.shapes[1])
 
 
 def _gemm(
@@ -301,7 +428,7 @@ def _gemm(
     found: FoundOp,
     view: GemmView,
     seen: Recorded,
-    quantizers: dict[tuple[str, int | None], nn.Module],
+    quantizers: dict[Place, nn.Module],
 ) -> Gemm:
     """The op's operands in canonical shape, all calibration batches together, in float32."""
     weight = op.operands[1].parameter
@@ -309,46 +436,77 @@ def _gemm(
         value = module.get_parameter(weight).detach().float()
         shared = quantizers.get((weight, None))
         right = [value if shared is None else shared(value)] * len(seen.inputs[0])
+    elif op.kind != "matmul":
+        right = seen.inputs[1][:1] * len(seen.inputs[0])  # computed from constants: always the same
     else:
         right = seen.inputs[1]
     pairs = [
         view.operands(a.float(), b.float()) for a, b in zip(seen.inputs[0], right, strict=True)
     ]
-    bias = view.bias(module.get_parameter(found.bias).detach().float()) if found.bias else None
+    batched = op.kind == "matmul"
+    bias = view.bias(attrgetter(found.bias)(module).detach().float()) if found.bias else None
+    del right
+    seen.inputs.clear()
+    a, b = ([pair[port] for pair in pairs] for port in (0, 1))
+    del pairs
+    fisher = [view.output(f) for f in seen.fisher]
+    seen.fisher.clear()
     return Gemm(
-        a=torch.cat([a for a, _ in pairs], view.batch_dim),
-        b=pairs[0][1].contiguous() if weight else torch.cat([b for _, b in pairs], view.batch_dim),
+        a=_whole(a, view.batch_dim),
+        b=_whole(b, view.batch_dim) if batched else b[0].contiguous(),
         bias=bias,
-        fisher=torch.cat([view.output(f) for f in seen.fisher], view.batch_dim)
-        if seen.fisher
-        else None,
+        fisher=_whole(fisher, view.batch_dim) if fisher else None,
     )
 
 
-def _groups(
-    ops: Sequence[Op], found: dict[str, FoundOp], data: Sequence[Batch], budget: float
-) -> Iterator[list[Op]]:
-    """Consecutive ops whose recorded tensors fit the budget together; one op at least."""
-    batches = sum(map(len, data)) / len(data[0])
-    group: list[Op] = []
-    used = 0.0
-    for op in ops:
-        shapes = found[op.name].shapes
-        floats = prod(shapes[0]) + prod(found[op.name].output_shape)
-        floats += 0 if op.operands[1].parameter else prod(shapes[1])
-        size = 4 * floats * batches
-        if group and used + size > budget:
-            yield group
-            group, used = [], 0.0
-        group.append(op)
-        used += size
-    if group:
-        yield group
+def _whole(parts: list[Tensor], dim: int) -> Tensor:
+    """All parts as one tensor; they are let go."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    parts.clear()
+    return whole
 
 
-def _without_products(names: Sequence[str], plan: Plan) -> list[str]:
+def _recorded_bytes(op: Op, found: FoundOp) -> int:
+    """What one batch of the example's size takes."""
+    floats = prod(found.shapes[0]) + prod(found.output_shape)
+    return 4 * (floats + (0 if op.operands[1].parameter else prod(found.shapes[1])))
+
+
+def _restored(
+    finished: FinishedOps, plan: Plan, module: nn.Module
+) -> tuple[list[OpRecord], dict[Place, nn.Module]]:
+    """The ops at the beginning of the plan that an interrupted run has finished."""
+    device = device_of(module)
+    records, quantizers = [], {}
+    for op in plan.ops:
+        kept = finished.load(op.name)
+        # Processes that do not share a disk know different ops.
+        everywhere = distributed.smallest(torch.tensor(float(kept is not None), device=device))
+        if kept is None or not everywhere:
+            break
+        records.append(kept[0])
+        quantizers |= {place: hook.to(device) for place, hook in kept[1].items()}
+    return records, quantizers
+
+
+def _facts(record: OpRecord) -> dict[str, Any]:
+    """What an event tells of an op."""
+    facts = record.model_dump(exclude={"operands"})
+    facts["quantizers"] = {
+        operand.port: operand.quantizer and f"{operand.quantizer} {operand.bits} bits"
+        for operand in record.operands
+    }
+    return facts
+
+
+def _without_products(module: nn.Module, names: Sequence[str], plan: Plan) -> list[str]:
     """Of the attention modules that were unfused, those in which no product is quantized."""
-    quantized = [op.name.split("/") for op in plan.ops if op.kind == "matmul"]
+    quantized = [op.name.split("/")[:-2] for op in plan.ops if op.kind == "matmul"]
+    modules = {name for name, _ in module.named_modules()}
+    if any(".".join(path) not in modules for path in quantized):
+        # Where a model calls modules past their parents, NNCF's names give a part of the path, and
+        # nobody can tell which module an op is in.
+        return []
     return [
         name
         for name in names

@@ -69,3 +69,38 @@ class Override(_Section):
     weights: Weights | None = None
     activations: Activations | None = None
     twin: Twin | None = None
+
+
+class MixedPrecision(_Section):
+    """Bits per op by sensitivity, weights and activations alike.
+
+    Attributes
+    ----------
+    average_bits
+        Mean over ops that is not exceeded, weighted by `budget`.
+    choices
+        Widths an op can get.
+    budget
+        ``macs``: ops count by their multiply-accumulates; ``size``: by their weights (products of
+        attention have none and get the widest choice).
+    """
+
+    average_bits: float = Field(ge=2, le=8)
+    choices: tuple[Bits, ...] = Field(default=(4, 6, 8), min_length=1)
+    budget: Literal["macs", "size"] = "macs"
+
+
+class Accuracy(_Section):
+    """The drop on validation images that is not exceeded.
+
+    Attributes
+    ----------
+    max_drop
+        In points (hundredths) of `metric`.
+    metric
+        ``top1``: accuracy lost against the float model, needs labels; ``agreement``: images whose
+        best class is another one than the float model's.
+    """
+
+    max_drop: float = Field(ge=0)
+    metric: Literal["top1", "agreement"] = "top1"

@@ -5,6 +5,13 @@ import sys
 
 import psutil
 import torch
+from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter is; the CPU if it has none."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def has_int8_dot(device: torch.device) -> bool:
@@ -38,6 +45,18 @@ def local_device() -> torch.device:
 def available_devices() -> list[str]:
     """Names of the kinds of device that this machine has, for tests and benchmarks."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def accelerators() -> list[tuple[torch.device, str]]:
+    """Every CUDA device and its name."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [(torch.device("cuda", n), torch.cuda.get_device_name(n)) for n in range(count)]
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when everything that was started on a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:

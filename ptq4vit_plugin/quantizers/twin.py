@@ -10,6 +10,7 @@ from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
 
 from ptq4vit_plugin.quantizers.base import OperandQuantizer, checked_bits
+from ptq4vit_plugin.quantizers.branches import Branch
 
 # Elements handled at once on CPU during the search: the few float32 temporaries then stay in cache.
 CHUNK = 1 << 16
@@ -151,6 +152,10 @@ class TwinQuantizer(nn.Module, StatefulModuleInterface):
         codes, first, _ = grid.codes(x.detach().float())
         codes = codes.to(torch.int8)
         return [(codes * first, grid.step1), (codes * ~first, grid.step2)]
+
+    @abstractmethod
+    def branches(self) -> list[Branch]:
+        """Return both ranges as uniform grids, ``forward(x) == sum(codes * scale)``."""
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs, as JSON; the scales travel in the state dict."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ptq4vit_plugin.errors import ConfigError, nearest
 from ptq4vit_plugin.quantizers.base import NEGLIGIBLE, Grouping, SearchRange
+from ptq4vit_plugin.quantizers.branches import Branch
 from ptq4vit_plugin.quantizers.twin import TwinGrid, TwinOperand, TwinQuantizer
 
 # Global minima, by 40-digit root finding of the derivative. Evaluated in float32, an activation
@@ -68,6 +69,14 @@ class TwinGELUQuantizer(TwinQuantizer):
         """Return the float32 values of int8 codes."""
         grid = self.grid()
         return codes * torch.where(codes < 0, grid.step1, grid.step2)
+
+    def branches(self) -> list[Branch]:
+        """Both ranges; clamping at code 0 already keeps each from the other's numbers."""
+        grid = self.grid()
+        return [
+            Branch(grid.step1, grid.lowest, 0),
+            Branch(grid.step2, 0, grid.highest),
+        ]
 
 
 def gelu_grid(scale_negative: Tensor, scale_positive: Tensor, bits: int) -> TwinGrid:

@@ -1,6 +1,7 @@
 """Twin uniform quantizer for the output of softmax (PTQ4ViT)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
+from ptq4vit_plugin.quantizers.branches import Branch
 from ptq4vit_plugin.quantizers.twin import TwinGrid, TwinOperand, TwinQuantizer
 
 EXPONENTS = 20  # m = 0 ... 19
@@ -82,6 +84,15 @@ class TwinSoftmaxQuantizer(TwinQuantizer):
         grid = self.grid()
         second = codes >= self.q
         return (codes - self.q * second) * torch.where(second, grid.step2, grid.step1)
+
+    def branches(self) -> list[Branch]:
+        """Both ranges. Probabilities end at 1, where range 2 ends, so it never clamps."""
+        grid = self.grid()
+        low = Branch(grid.step1, 0, grid.highest, grid.split, "low")
+        return [
+            low,
+            replace(low, scale=grid.step2, side="high", flag=self.q, bounded=True),
+        ]
 
 
 class TwinSoftmax(TwinOperand):

@@ -10,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error while the context lasts; nothing at all when that is not a terminal.
+def progress(title: str, total: int, visible: bool = True) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error while the context lasts; nothing at all when that is not a terminal
+    or the bar is not visible.
 
     Yields
     ------
@@ -29,7 +30,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
         *columns,
         TextColumn("{task.fields[what]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (visible and console.is_terminal),
     ) as bar:
         task = bar.add_task(title, total=total, what="")
         yield lambda what: bar.update(task, advance=1, what=what)

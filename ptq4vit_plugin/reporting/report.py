@@ -148,9 +148,9 @@ def _costs(record: QuantizationRecord | None, results: dict[str, Any]) -> list[t
         evaluations = sum(op.evaluations for op in record.ops)
         rows.append(("candidates evaluated, in units of all data", f"{evaluations:,.0f}"))
         rows.append(("calibration images", str(record.images)))
-    peak = results.get("peak_memory_bytes")
-    if peak:
-        rows.append(("peak memory of the process", f"{peak / 2**30:.2f} GiB"))
+        if record.peak_memory:
+            peak = f"{record.peak_memory / 2**30:.2f} GiB"
+            rows.append(("peak memory of the process, calibration", peak))
     if "checkpoint" in results:
         rows.append(("checkpoint", f"{results['checkpoint']['bytes'] / 2**20:.1f} MiB"))
     speed = results["metrics"]["images_per_second"]

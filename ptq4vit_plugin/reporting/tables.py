@@ -6,8 +6,9 @@ from rich import box
 from rich.table import Table
 
 from ptq4vit_plugin.evaluation import Metrics
+from ptq4vit_plugin.exporting import ExportReport
 from ptq4vit_plugin.plan import Operand, Plan
-from ptq4vit_plugin.record import OperandRecord, OpRecord
+from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord
 
 
 def plan_table(plan: Plan) -> Table:
@@ -28,6 +29,22 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(
             op.name, op.kind, f"left out: {op.reason}", "", f"{op.macs:,}" if op.macs else ""
         )
+    return table
+
+
+def export_table(report: ExportReport) -> Table:
+    """What an export wrote, and how far it is from the simulated model."""
+    table = Table("export", report.format, box=box.SIMPLE_HEAD)
+    for name, size in report.files.items():
+        table.add_row(name, f"{size / 1e6:.2f} MB")
+    table.add_row("size over float32", f"{report.ratio:.3f}")
+    kind = "random images" if report.random else "images"
+    table.add_row(f"same class as simulated, {report.images} {kind}", f"{report.agreement:.1f} %")
+    table.add_row("logit SQNR against simulated", f"{report.sqnr_db:.1f} dB")
+    if report.exact_sqnr_db is not None:
+        table.add_row("the same, in float arithmetic", f"{report.exact_sqnr_db:.1f} dB")
+    for name, fact in report.facts.items():
+        table.add_row(name.replace("_", " "), str(fact))
     return table
 
 
@@ -78,6 +95,15 @@ def metrics_table(metrics: Metrics) -> Table:
         if value is not None:
             table.add_row(name, value)
     return table
+
+
+def cost_line(record: QuantizationRecord) -> str:
+    """What a calibration took."""
+    line = f"calibrated {len(record.ops)} ops on {record.images} images in {record.seconds:.1f} s"
+    line += f", {record.passes} forward/backward passes"
+    if record.peak_memory is not None:
+        line += f", peak memory {record.peak_memory / 2**30:.2f} GiB"
+    return line
 
 
 def _operand(operand: Operand | OperandRecord) -> str:

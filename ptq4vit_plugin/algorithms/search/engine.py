@@ -6,9 +6,10 @@ interact, so candidate i is evaluated for all of them in one pass.
 
 `exhaustive` evaluates every candidate on all data. `fast` is successive halving: all candidates on
 a small sample of rows, the best few of every group on a larger one, the last survivors on all data
-(`SCHEDULE`). A row is drawn with a probability proportional to its share of the gradient's energy
-and of the start scales' loss. Both are very uneven, and differ between output columns (those of q,
-k, v; of each head), so that a weight's columns draw their own rows in blocks of up to 32.
+(`SCHEDULE`). For an error metric, a row is drawn with a probability proportional to its share of
+the gradient's energy and of the loss at the start scales and at two clipping ones. Both are very
+uneven, and differ between output columns (those of q, k, v; of each head), so that a weight's
+columns draw their own rows in blocks of up to 32.
 
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
 evaluated twice; an operand is not searched again while the other's choice stands; survivors are
@@ -17,6 +18,7 @@ error metric the objective never rises. Heuristic, in `fast` only: a candidate t
 sample is dropped, and from the third round on only the second round's survivors are tried.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -69,6 +71,8 @@ class Stage:
 #: the second (the first one had to work with the other operand's start scale) begin with all
 #: candidates, later rounds with those that survived the first stage in the second round.
 SCHEDULE = (Stage(1 / 64, 128, 16), Stage(1 / 12, 512, 3))
+#: The same for angle metrics, which have no gradient to tell which rows matter.
+ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows.
 PROBES = (0.25, 0.5)
 #: Widest block of output columns that draws its own sample of rows.
@@ -294,6 +298,7 @@ class _Problem:
             self,
             a=self.a[:, :, index],
             output=self.output[:, :, index],
+            images=1,  # an image's few positions make a poor angle: take them all together
             cost=self.cost * len(index) / rows,
             fixed={},
         )
@@ -360,11 +365,20 @@ def _draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return index, 1 / probability.gather(1, index)
 
 
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
 def _without_dead_rows(gemm: Gemm) -> Gemm:
-    """Drop images and rows whose gradient is zero everywhere: they contribute exactly nothing."""
+    """Drop images and rows whose gradient is zero everywhere: they contribute exactly nothing.
+
+    One is kept if all are such.
+    """
     assert gemm.fisher is not None
     a, b, bias, fisher = gemm.a, gemm.b, gemm.bias, gemm.fisher
     alive = fisher.amax(3) > 0
+    if not alive.any():
+        alive[0, 0, 0] = True
     images, rows = alive.flatten(1).any(1), alive.flatten(0, 1).any(0)
     if not rows.all():
         a, fisher = a[:, :, rows], fisher[:, :, rows]
@@ -379,14 +393,15 @@ def _prepare(
     quantizers: dict[str, _Quantizer | None],
     metric: str,
     images: int,
+    reduce: Callable[[Tensor], Tensor] = _identity,
 ) -> _Problem | None:
     """The problem on all data; None if no output has a gradient."""
     bias = gemm.bias
     whole = gemm.a.shape[:3].numel() * gemm.b.shape[3]
     if metric == "hessian" and gemm.fisher is not None:
-        gemm = _without_dead_rows(gemm)
-        if gemm.a.numel() == 0:
+        if not reduce(gemm.fisher.amax()) > 0:
             return None
+        gemm = _without_dead_rows(gemm)
     a, b, fisher = gemm.a.float(), gemm.b.float(), gemm.fisher
     if b.shape[0] == 1 and a.shape[0] > 1:  # one weight for all images: rows of one GEMM
         images = a.shape[0] if images == 1 else images
@@ -406,8 +421,9 @@ def _prepare(
 class _Search:
     """State of one op's search: the current choice, the losses known so far, the cost."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: _Problem, reduce: Callable[[Tensor], Tensor]) -> None:
         self.problem = problem
+        self.reduce = reduce
         self.evaluations = 0.0
         self.curves: dict[str, list[float]] = {}
         self.index: dict[str, Tensor | None] = {"a": None, "b": None}
@@ -431,7 +447,7 @@ class _Search:
         loss, energy = self.problem.row_loss(self.index["a"], self.index["b"])
         self.evaluations += self.problem.cost
         self._rows = [energy, loss]
-        return float(loss.sum())
+        return float(self.reduce(loss.sum()))
 
     def probe(self) -> None:
         """Learn which rows suffer from clipping, so that samples contain them."""
@@ -458,12 +474,13 @@ class _Search:
         return self._decide(operand, self._candidates(operand))
 
     def fast(self, operand: str, turn: int) -> Tensor:
-        """The same by successive halving (see `SCHEDULE`) in round `turn`, from 0."""
+        """The same by successive halving (see `SCHEDULE`), in round `turn`, from 0."""
         current = self.index[operand]
         assert current is not None
         candidates = self._survivors.get(operand, self._candidates(operand))
         skip = 1 if operand in self._survivors else 0
-        for stage in SCHEDULE[skip:]:
+        schedule = ANGLE_SCHEDULE if is_angle(self.problem.metric) else SCHEDULE
+        for stage in schedule[skip:]:
             sample = self._sample(stage, operand)
             if sample is not None and len(candidates) > stage.keep:
                 _, groups = self._evaluate(sample, operand, candidates)
@@ -471,7 +488,7 @@ class _Search:
                 best = candidates.gather(0, best)
                 # Without a gradient on the sample a group keeps its choice for now.
                 candidates = torch.where(_indifferent(candidates, groups), current, best)
-                if turn == 1 and stage is SCHEDULE[0]:
+                if turn == 1 and stage is schedule[0]:
                     self._survivors[operand] = candidates
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])
@@ -514,8 +531,8 @@ class _Search:
         key = self._key(problem, operand, index)
         if key not in self._losses:
             choice = {**self.index, operand: index}
-            self._losses[key] = problem.loss(
-                choice["a"], choice["b"], operand, self._views[operand]
+            self._losses[key] = self.reduce(
+                problem.loss(choice["a"], choice["b"], operand, self._views[operand])
             )
             self.evaluations += problem.cost
         return self._losses[key]
@@ -535,7 +552,12 @@ class _Search:
         in_blocks = batch == heads == 1 and 1 < quantizer.grouping.shape[3] == columns
         key = (stage, in_blocks)
         if key not in self._samples:
-            self._samples[key] = self.problem.sample(stage, self._rows, in_blocks)
+            sample = self.problem.sample(stage, self._rows, in_blocks)
+            # Processes take the same decision; one whose share is too small gives all its rows.
+            sampling = torch.tensor(float(sample is not None), device=self.problem.a.device)
+            if self.reduce(sampling) > 0 and sample is None:
+                sample = replace(self.problem, fixed={})
+            self._samples[key] = sample
         return self._samples[key]
 
 
@@ -549,6 +571,7 @@ def search(
     order: tuple[str, str] = ("b", "a"),
     strategy: str = "exhaustive",
     images: int = 1,
+    reduce: Callable[[Tensor], Tensor] = _identity,
 ) -> SearchResult:
     """Choose the table rows of an op's quantizers that minimise the metric.
 
@@ -570,6 +593,9 @@ def search(
     images
         Images that the N rows hold, if all images share one batch entry (angle metrics with
         scales per output channel compare image by image).
+    reduce
+        Sums a tensor over the processes that hold a share of the rows each. All take the same
+        decisions then.
 
     Raises
     ------
@@ -581,14 +607,14 @@ def search(
     if gemm.a.shape[2] % images:
         raise ValueError(f"{gemm.a.shape[2]} rows do not divide into {images} images")
     quantizers = {"a": a, "b": b}
-    problem = _prepare(gemm, quantizers, metric, images)
+    problem = _prepare(gemm, quantizers, metric, images, reduce)
     if problem is None:
         starts = [
             None if q is None else torch.full(q.grouping.shape, q.n, device=gemm.a.device)
             for q in (a, b)
         ]
         return SearchResult(starts[0], starts[1], 0.0, 0.0, 0.0)
-    state = _Search(problem)
+    state = _Search(problem, reduce)
     before = state.start()
     if strategy == "fast":
         state.probe()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptq4vit_plugin.algorithms.gradient import Gradient, probe_loss
+from ptq4vit_plugin.algorithms.gradient import Gradient, generators, output_loss, probe_loss
 from ptq4vit_plugin.errors import DataError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.integrations.nncf.hooks import watching
 from ptq4vit_plugin.plan import FoundOp
@@ -18,11 +19,15 @@ from ptq4vit_plugin.plan import FoundOp
 
 @dataclass
 class Batch:
-    """One calibration batch: the model's arguments, and the labels if the data has any."""
+    """One calibration batch: the model's arguments, and the labels if the data has any.
+
+    ``first`` is the place of its first image in the calibration set.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     labels: Tensor | None = None
+    first: int = 0
 
     @property
     def example(self) -> Any:
@@ -31,13 +36,18 @@ class Batch:
 
     def to(self, model: nn.Module) -> Batch:
         """The batch, on the device of a model's parameters."""
-        device = next(model.parameters()).device
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            return self
+        device = parameter.device
 
         def move(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        return Batch(
-            tuple(map(move, self.args)), {k: move(v) for k, v in self.kwargs.items()}, self.labels
+        return replace(
+            self,
+            args=tuple(map(move, self.args)),
+            kwargs={k: move(v) for k, v in self.kwargs.items()},
         )
 
     def __len__(self) -> int:
@@ -71,7 +81,7 @@ def batches(dataset: Any) -> list[Batch]:
     DataError
         There is no batch, or one has NaN or infinite values.
     """
-    result = []
+    result: list[Batch] = []
     for index, (item, raw) in enumerate(_items(dataset)):
         batch = _batch(item, raw)
         for value in (*batch.args, *batch.kwargs.values()):
@@ -88,6 +98,8 @@ def batches(dataset: Any) -> list[Batch]:
             for v in (*batch.args, *batch.kwargs.values())
         ):
             raise DataError(f"calibration batch {index} has no images")
+        if result and not isinstance(item, Batch):
+            batch.first = result[-1].first + len(result[-1])
         result.append(batch)
     if not result:
         raise DataError("the calibration set is empty; give at least one batch of images")
@@ -135,6 +147,8 @@ def record(
 ) -> dict[str, Recorded]:
     """Run the calibration batches once and record what every op in ``ops`` sees.
 
+    What an op's gradient is does not depend on which other ops are recorded.
+
     Parameters
     ----------
     model
@@ -147,30 +161,39 @@ def record(
     Raises
     ------
     ModelError
-        The gradient is not finite, or zero at every op.
+        The gradient is not finite.
     DataError
         Labels are asked for and the data has none; or the model cannot take the images.
     """
     ops = list(ops)
     recorded = {op.name: Recorded() for op in ops}
-    generator = torch.Generator().manual_seed(gradient.seed) if gradient else None
+    kept = _Copies()
 
     def keep_input(name: str, port: int) -> Callable[[Tensor], None]:
-        # A copy: a later op of the model may write into the tensor in place.
-        return lambda x: recorded[name].inputs[port].append(x.detach().clone())
+        return lambda x: recorded[name].inputs[port].append(kept.copy(x))
 
-    def add_square(fisher: Tensor, grad: Tensor) -> None:
-        grad = grad.float()
-        fisher.addcmul_(grad, grad, value=1 / gradient.probes)
+    def keep_squared_gradient(name: str) -> Callable[[Tensor], Tensor | None]:
+        def see(y: Tensor) -> Tensor | None:
+            fisher = recorded[name].fisher
+            place = len(fisher)
+            # Zeros without memory: the backward pass frees what the squares then take.
+            fisher.append(torch.zeros((), device=y.device).expand(y.shape))
+            added = False
 
-    def keep_squared_gradient(name: str) -> Callable[[Tensor], None]:
-        def see(y: Tensor) -> None:
-            fisher = torch.zeros_like(y, dtype=torch.float32, requires_grad=False)
-            recorded[name].fisher.append(fisher)
+            def add_square(grad: Tensor) -> None:
+                nonlocal added
+                square = grad.float().square().div_(gradient.probes)
+                fisher[place] = fisher[place].add_(square) if added else square
+                added = True
+
+            # Parameters are frozen: autograd follows the forward pass from the first op that is
+            # recorded, not from the images. A copy, because what comes next may write in place.
+            first = None if y.requires_grad else y.detach().requires_grad_().clone()
             # A tensor hook, unlike torch.autograd.grad, still speaks of this value when the model
             # goes on to write into it in place (an in-place activation function, a residual added
             # in place).
-            y.register_hook(lambda grad: add_square(fisher, grad))
+            (y if first is None else first).register_hook(add_square)
+            return first
 
         return see
 
@@ -178,30 +201,94 @@ def record(
         (op.name, port): keep_input(op.name, port)
         for op in ops
         for port, source in op.sources.items()
-        if source.parameter is None or op.kind == "matmul"
+        if source.parameter is None
     }
     outputs = {op.name: keep_squared_gradient(op.name) for op in ops} if gradient else {}
     with watching(model, inputs, outputs), _frozen(model):
         for batch in data:
             with torch.set_grad_enabled(gradient is not None):
-                result = _run(model, batch.to(model), needs_grad=gradient is not None)
-                if gradient:
-                    _backward(_logits(result), gradient, generator, batch.labels)
+                result = run(model, batch.to(model))
+            kept.forget()
+            if gradient:
+                _backward(outputs_of(model, result), gradient, batch)
             progress()
-    if gradient:
-        _check(recorded)
+    for name, seen in recorded.items():
+        if not all(value.isfinite().all() for value in seen.fisher):
+            raise ModelError(
+                f"the gradient at {name} is not finite; check the model's weights and the images"
+            )
     return recorded
 
 
-def _run(model: nn.Module, batch: Batch, needs_grad: bool) -> Any:
-    def attach(value: Any) -> Any:
-        # Parameters are frozen, so it is the images that make autograd follow the forward pass.
-        if needs_grad and isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().requires_grad_()
-        return value
+def token_weights(
+    model: nn.Module, data: Sequence[Batch], ops: Iterable[FoundOp], gradient: Gradient
+) -> dict[str, Tensor]:
+    """How much the loss depends on every token of an op: its mean squared gradient at the output.
 
+    Returns
+    -------
+    dict
+        By op name, ``[tokens of all images]``, float32; positions for a convolution.
+    """
+    kept: dict[str, list[Tensor]] = {op.name: [] for op in ops}
+
+    def add(total: Tensor, part: Tensor) -> None:
+        total.add_(part.flatten())
+
+    def keep(op: FoundOp) -> Callable[[Tensor], Tensor | None]:
+        channel = 1 if op.kind == "conv2d" else -1
+
+        def see(y: Tensor) -> Tensor | None:
+            total = torch.zeros_like(y.detach().movedim(channel, -1)[..., 0].float()).flatten()
+            kept[op.name].append(total)
+            first = None if y.requires_grad else y.detach().requires_grad_().clone()  # see `record`
+            # The hook returns None: autograd's own gradient goes on unchanged.
+            (y if first is None else first).register_hook(
+                lambda grad: add(total, grad.float().square().mean(channel))
+            )
+            return first
+
+        return see
+
+    with watching(model, {}, {op.name: keep(op) for op in ops}), _frozen(model):
+        for batch in data:
+            with torch.enable_grad():
+                result = run(model, batch.to(model))
+                _backward(outputs_of(model, result), gradient, batch)
+    return {name: torch.cat(parts) for name, parts in kept.items() if parts}
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """The model's result for a batch that is on its device.
+
+    Raises
+    ------
+    DataError
+        The model cannot take the images.
+    """
     with taken_by_the_model(batch):
-        return model(*map(attach, batch.args), **{k: attach(v) for k, v in batch.kwargs.items()})
+        return model(*batch.args, **batch.kwargs)
+
+
+class _Copies:
+    """Copies of tensors, one for all ops that see the same one.
+
+    Copies, because a later op of the model may write into the tensor in place.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref, int, Tensor]] = {}
+
+    def copy(self, x: Tensor) -> Tensor:
+        original, version, copy = self._known.get(id(x), (lambda: None, 0, x))
+        if original() is not x or version != x._version:
+            copy = x.detach().clone()
+            self._known[id(x)] = (weakref.ref(x), x._version, copy)
+        return copy
+
+    def forget(self) -> None:
+        """Share nothing with what comes next."""
+        self._known.clear()
 
 
 @contextmanager
@@ -221,37 +308,65 @@ def taken_by_the_model(batch: Batch) -> Iterator[None]:
         ) from error
 
 
-def _logits(result: Any) -> Tensor:
-    """The class scores among a model's outputs: the output itself, or the first of several."""
-    while isinstance(result, (tuple, list, dict)):
-        result = next(iter(result.values())) if isinstance(result, dict) else result[0]
-    return result if result.ndim == 2 else result.flatten(1)
+@dataclass
+class Outputs:
+    """What a model returns: class scores ``[B, classes]``, or tensors of any other meaning."""
+
+    tensors: list[Tensor]
+    are_logits: bool
 
 
-def _backward(
-    logits: Tensor, gradient: Gradient, generator: torch.Generator, labels: Tensor | None
-) -> None:
-    if gradient.kind == "labels" and labels is None:
+def outputs_of(model: nn.Module, result: Any) -> Outputs:
+    """Tell class scores from features.
+
+    ``logits`` in a mapping are class scores, and so is an output, or the first of several, of two
+    dimensions, unless the model says that it has no classes (``num_classes == 0``, as timm's do).
+
+    Raises
+    ------
+    ModelError
+        There is no floating-point tensor in the result.
+    """
+    if isinstance(result, Mapping) and isinstance(result.get("logits"), Tensor):
+        return Outputs([result["logits"]], are_logits=True)
+    tensors = list(_tensors(result))
+    if not tensors:
+        raise ModelError(f"the model returns no tensor but {type(result).__name__}")
+    if tensors[0].ndim == 2 and getattr(model, "num_classes", None) != 0:
+        return Outputs(tensors[:1], are_logits=True)
+    return Outputs(tensors, are_logits=False)
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        if result.is_floating_point():
+            yield result
+    elif isinstance(result, Mapping):
+        yield from _tensors(list(result.values()))
+    elif isinstance(result, (tuple, list)):
+        for value in result:
+            yield from _tensors(value)
+
+
+def _backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
+    if gradient.kind == "labels" and not outputs.are_logits:
+        raise DataError(
+            "gradient.kind is 'labels' but the model returns no class scores; use 'output'"
+        )
+    if gradient.kind == "labels" and batch.labels is None:
         raise DataError(
             "gradient.kind is 'labels' but the calibration data has none; give "
             "(images, labels) batches, or use 'fisher' or 'gauss_newton'"
         )
+    if not any(output.requires_grad for output in outputs.tensors):
+        return  # they depend on no op that is recorded
+    random = generators(gradient.seed, batch.first, len(outputs.tensors[0]))
     for probe in range(gradient.probes):
-        loss = probe_loss(logits, gradient.kind, generator, labels)
+        if gradient.kind == "output" or not outputs.are_logits:
+            loss = output_loss(outputs.tensors, random)
+        else:
+            loss = probe_loss(outputs.tensors[0], gradient.kind, random, batch.labels)
         loss.backward(retain_graph=probe + 1 < gradient.probes)
-
-
-def _check(recorded: dict[str, Recorded]) -> None:
-    for name, seen in recorded.items():
-        if not all(value.isfinite().all() for value in seen.fisher):
-            raise ModelError(
-                f"the gradient at {name} is not finite; check the model's weights and the images"
-            )
-    if recorded and not any(value.any() for seen in recorded.values() for value in seen.fisher):
-        raise ModelError(
-            "the gradient is zero at every op, so nothing can be ranked; the model's output does "
-            "not depend on its ops, or its softmax is saturated: use metric 'mse' or 'cosine'"
-        )
 
 
 class _frozen:

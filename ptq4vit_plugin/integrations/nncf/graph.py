@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from math import prod
 from typing import Any
 
+import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 
 from ptq4vit_plugin.plan import FoundOp, LeftOut, OpKind, Source
@@ -18,9 +19,11 @@ KEEPS_NUMBERS = frozenset(
     swapaxes swapdims movedim moveaxis flatten unflatten contiguous clone detach to type_as
     float half bfloat16 squeeze unsqueeze expand expand_as repeat repeat_interleave tile
     __getitem__ getitem select narrow index_select gather unbind chunk split
-    split_with_sizes tensor_split roll pad unfold einops_rearrange identity
+    split_with_sizes tensor_split roll flip pad unfold einops_rearrange identity __get__
+    max_pool2d pixel_shuffle pixel_unshuffle channel_shuffle
     """.split()
 )
+JOINS = frozenset("cat concat concatenate stack hstack vstack dstack".split())
 # Between a score product and its softmax: scaling, position biases, masks, mixing of heads.
 SCORE_ARITHMETIC = KEEPS_NUMBERS | frozenset(
     """
@@ -35,30 +38,47 @@ SPLITS = frozenset(
 )
 ACTIVATIONS = frozenset(
     """
-    gelu silu silu_ hardswish hardswish_ mish mish_ relu relu_ relu6 relu6_
+    gelu silu silu_ hardswish hardswish_ mish mish_ relu relu_ relu6 relu6_ sigmoid sigmoid_
+    hardsigmoid hardsigmoid_
     """.split()
 )
 PRODUCTS = frozenset(
     """
-    matmul __matmul__ __rmatmul__ bmm
+    matmul __matmul__ bmm mm
     """.split()
 )
 # Contractions that are seen and not quantized, each with the reason that the plan gives.
 NOT_QUANTIZED = {
-    "scaled_dot_product_attention": "fused attention hides its products; no switch unfuses it",
-    "einsum": "a contraction written as einsum has no fixed operand layout",
-    "conv1d": "1-D convolutions are not supported",
+    "scaled_dot_product_attention": "fused attention hides its products",
+    "multi_head_attention_forward": "nn.MultiheadAttention's own function was not opened",
+    "einsum": "an einsum that is not one product of two tensors",
+    "tensordot": "a contraction written as tensordot has no fixed operand layout",
+    "inner": "an inner product has no fixed operand layout",
     "conv3d": "3-D convolutions are not supported",
     "conv_transpose1d": "transposed convolutions are not supported",
     "conv_transpose2d": "transposed convolutions are not supported",
+    "conv_transpose3d": "transposed convolutions are not supported",
+    "deform_conv2d": "deformable convolutions are not supported",
+    "bilinear": "bilinear layers are not supported",
+    "__rmatmul__": "its operands are in reverse order",
+    "addbmm": "a sum of products over the batch",
+    "mv": "a product with a vector",
+    "dot": "a product of two vectors",
+    "rnn_tanh": "recurrent layers are not supported",
+    "rnn_relu": "recurrent layers are not supported",
+    "gru": "recurrent layers are not supported",
+    "lstm": "recurrent layers are not supported",
+    # Left only where the model was not prepared, see `decompose`.
+    "conv1d": "1-D convolutions are quantized as 2-D ones, after preparing the model",
     "addmm": "addmm carries its bias as port 0",
     "baddbmm": "baddbmm carries its bias as port 0",
-    "mm": "a product of two matrices without a batch of images",
-    "multi_head_attention_forward": "nn.MultiheadAttention's own function was not opened",
 }
+OPERAND_NAMES = {"linear": ("input", "weight", "bias"), "conv2d": ("input", "weight", "bias")}
 
 
-def find_ops(graph: NNCFGraph, batch_size: int) -> tuple[list[FoundOp], list[LeftOut]]:
+def find_ops(
+    graph: NNCFGraph, batch_size: int, buffers: Collection[str] = ()
+) -> tuple[list[FoundOp], list[LeftOut]]:
     """Every linear, convolution and matrix product of the graph, in execution order.
 
     Parameters
@@ -68,6 +88,9 @@ def find_ops(graph: NNCFGraph, batch_size: int) -> tuple[list[FoundOp], list[Lef
     batch_size
         Number of images in the example that was traced; multiply-accumulates are given for one
         image.
+    buffers
+        Names of the model's buffers: NNCF hooks parameters, so a weight that is a buffer has to be
+        quantized where the op takes it.
 
     Returns
     -------
@@ -75,6 +98,7 @@ def find_ops(graph: NNCFGraph, batch_size: int) -> tuple[list[FoundOp], list[Lef
         Ops that can be quantized, and those that cannot, with the reason.
     """
     found, left_out = [], []
+    from_image = _from_image(graph)
     for node in graph.topological_sort():
         kind = _kind(node)
         if kind is None:
@@ -84,10 +108,11 @@ def find_ops(graph: NNCFGraph, batch_size: int) -> tuple[list[FoundOp], list[Lef
                         name=node.node_name,
                         kind=node.node_type,
                         reason=NOT_QUANTIZED[node.node_type],
+                        macs=_hidden_macs(graph, node) // batch_size,
                     )
                 )
             continue
-        op = _describe(graph, node, kind, batch_size)
+        op = _describe(graph, node, kind, batch_size, from_image, buffers)
         if isinstance(op, LeftOut):
             left_out.append(op)
         else:
@@ -101,27 +126,61 @@ def _kind(node: NNCFNode) -> OpKind | None:
     return "matmul" if node.node_type in PRODUCTS else None
 
 
-def _describe(graph: NNCFGraph, node: NNCFNode, kind: OpKind, batch_size: int) -> FoundOp | LeftOut:
+def _from_image(graph: NNCFGraph) -> set[int]:
+    """Nodes whose values depend on the model's input."""
+    inputs = [node for node in graph.get_all_nodes() if node.node_type == "nncf_model_input"]
+    reached: set[int] = set()
+    while inputs:
+        node = inputs.pop()
+        if node.node_id not in reached:
+            reached.add(node.node_id)
+            inputs += graph.get_next_nodes(node)
+    return reached
+
+
+def _describe(
+    graph: NNCFGraph,
+    node: NNCFNode,
+    kind: OpKind,
+    batch_size: int,
+    from_image: set[int],
+    buffers: Collection[str],
+) -> FoundOp | LeftOut:
     edges = {edge.input_port_id: edge for edge in graph.get_input_edges(node)}
-    outputs = graph.get_output_edges(node)
-    if 0 not in edges or 1 not in edges or not outputs:
-        # An operand that is a constant tensor made inside forward has no edge; nothing calibrates
-        # it.
-        return LeftOut(
-            name=node.node_name, kind=kind, reason="an operand is not a value of the traced graph"
-        )
-    shapes = {port: tuple(edge.tensor_shape) for port, edge in edges.items() if port < 2}
-    output_shape = tuple(outputs[0].tensor_shape)
-    sources = {port: source_of(graph, edges[port].from_node) for port in (0, 1)}
-    inner = shapes[1][-2] if kind == "matmul" else prod(shapes[1][1:])
+    shapes = _operand_shapes(node)
+    output_shape = _output_shape(graph, node, kind, shapes)
+    inner = shapes[0][-1] if kind == "matmul" else prod(shapes[1][1:])
     macs = prod(output_shape) * inner // batch_size
-    if kind != "matmul" and sources[1].kind != "weight":
-        return LeftOut(
-            name=node.node_name,
-            kind=kind,
-            reason="its weight is computed, not a parameter of the model",
-            macs=macs,
-        )
+
+    def left_out(reason: str) -> LeftOut:
+        return LeftOut(name=node.node_name, kind=kind, reason=reason, macs=macs)
+
+    if kind != "matmul" and _misplaced(node, kind):
+        return left_out("its weight is not the second argument of the call")
+    if min(len(shapes[0]), len(shapes[1])) < 2:
+        return left_out("a product with a vector")
+    sources = {
+        port: source_of(graph, edges[port].from_node) if port in edges else Source("activation")
+        for port in (0, 1)
+    }
+    # A tensor that forward makes, from numbers of its own, has no edge.
+    varying = {
+        port for port in (0, 1) if port in edges and edges[port].from_node.node_id in from_image
+    }
+    if not varying:
+        return left_out("depends on no image; it is a constant that exporters fold")
+    if kind != "matmul":
+        if 1 in varying:
+            return left_out("its weight depends on the image")
+        weight = edges[1].from_node if 1 in edges else None
+        if weight is None or weight.node_type != "nncf_model_const" or weight.node_name in buffers:
+            # Standardised, sliced or otherwise computed in forward: quantized where it arrives.
+            sources[1] = Source("weight")
+    else:
+        sources = {
+            port: source if port in varying else Source("constant")
+            for port, source in sources.items()
+        }
     bias = edges[2].from_node if kind != "matmul" and 2 in edges else None
     return FoundOp(
         name=node.node_name,
@@ -136,13 +195,57 @@ def _describe(graph: NNCFGraph, node: NNCFNode, kind: OpKind, batch_size: int) -
     )
 
 
+def _operand_shapes(node: NNCFNode) -> dict[int, tuple[int, ...]]:
+    """Shapes of the tensors at input ports 0 and 1, numbered as NNCF does."""
+    attributes = node.layer_attributes
+    values = (*attributes.op_args, *attributes.op_kwargs.values())
+    return {port: tuple(value.shape) for port, value in enumerate(values[:2])}
+
+
+def _output_shape(
+    graph: NNCFGraph, node: NNCFNode, kind: OpKind, shapes: dict[int, tuple[int, ...]]
+) -> tuple[int, ...]:
+    edges = graph.get_output_edges(node)
+    if edges:
+        return tuple(edges[0].tensor_shape)
+    # Nothing that NNCF follows takes the result.
+    if kind == "linear":
+        return (*shapes[0][:-1], shapes[1][0])
+    if kind == "matmul":
+        left, right = shapes[0], shapes[1]
+        return (*torch.broadcast_shapes(left[:-2], right[:-2]), *left[-2:-1], *right[-1:])
+    return (shapes[0][0], shapes[1][0], *shapes[0][2:])
+
+
+def _misplaced(node: NNCFNode, kind: OpKind) -> bool:
+    """Whether keyword arguments put input and weight elsewhere than at ports 0 and 1."""
+    attributes = node.layer_attributes
+    names = (*OPERAND_NAMES[kind][: len(attributes.op_args)], *attributes.op_kwargs)
+    return names[:2] != OPERAND_NAMES[kind][:2]
+
+
+def _hidden_macs(graph: NNCFGraph, node: NNCFNode) -> int:
+    """Multiply-accumulates of a convolution that is not quantized; 0 for what has no known size."""
+    if not node.node_type.startswith("conv"):
+        return 0
+    shapes = _operand_shapes(node)
+    # A transposed convolution spreads every input number over the kernel, an ordinary one gathers
+    # the kernel for every output number.
+    outputs = graph.get_output_edges(node)
+    spread = "transpose" in node.node_type or not outputs
+    return prod(shapes[0] if spread else outputs[0].tensor_shape) * prod(shapes[1][1:])
+
+
 def source_of(graph: NNCFGraph, node: NNCFNode) -> Source:
     """What made the numbers that leave ``node``, looking up through ops that keep them."""
-    while node.node_type in KEEPS_NUMBERS:
+    while node.node_type in KEEPS_NUMBERS or _fills_with_zero(node):
         edges = sorted(graph.get_input_edges(node), key=lambda edge: edge.input_port_id)
         if not edges:
             break
         node = edges[0].from_node
+    if node.node_type in JOINS:
+        sources = {source_of(graph, before) for before in graph.get_previous_nodes(node)}
+        return sources.pop() if len(sources) == 1 else Source("activation")
     if node.node_type == "nncf_model_const":
         return Source("weight", parameter=node.node_name)
     if node.node_type == "nncf_model_input":
@@ -153,6 +256,15 @@ def source_of(graph: NNCFGraph, node: NNCFNode) -> Source:
         return Source(_activation_name(node))
     gate = _sigmoid_gate(graph, node)
     return Source("silu", minimum_scale=gate) if gate else Source("activation")
+
+
+def _fills_with_zero(node: NNCFNode) -> bool:
+    """Whether the node masks some numbers with zero, as attention weights are."""
+    if node.node_type not in ("masked_fill", "masked_fill_"):
+        return False
+    call = node.layer_attributes
+    value = call.op_args[2] if len(call.op_args) > 2 else call.op_kwargs.get("value")
+    return isinstance(value, (int, float)) and value == 0
 
 
 def _activation_name(node: NNCFNode) -> str:

@@ -10,19 +10,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import nncf
 from nncf.common.graph.graph import NNCFGraph
 from nncf.torch.function_hook import (
     register_post_function_hook,
     register_pre_function_hook,
     wrap_model,
 )
-from nncf.torch.function_hook.hook_storage import decode_hook_name
+from nncf.torch.function_hook.handle_inner_functions import get_handle_inner_function
+from nncf.torch.function_hook.hook_executor_mode import (
+    IGNORED_FN_NAMES,
+    FunctionHookMode,
+    OpMeta,
+)
+from nncf.torch.function_hook.hook_storage import HookStorage, decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import (
     GraphModelWrapper,
     build_nncf_graph,
 )
-from nncf.torch.function_hook.wrapper import get_hook_storage, is_wrapped
+from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE, get_hook_storage, is_wrapped
 from torch import Tensor, nn
+
+from ptq4vit_plugin import registry
 
 
 class Hook(NamedTuple):
@@ -39,20 +48,52 @@ class Hook(NamedTuple):
 
 
 class _Tap(nn.Module):
-    """Show each value to a function and pass it on unchanged."""
+    """Show each value to a function; pass on what it returns, or the value itself if None."""
 
-    def __init__(self, see: Callable[[Tensor], None]) -> None:
+    def __init__(self, see: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
         self.see = see
 
     def forward(self, x: Tensor) -> Tensor:
-        self.see(x)
+        replacement = self.see(x)
+        return x if replacement is None else replacement
+
+
+class _PassingStorage(HookStorage):
+    """NNCF's store of hooks for a model that is a container, such as `nn.Sequential`.
+
+    Such a model calls all its children in a row, so also this one, which NNCF adds as the last.
+    """
+
+    def forward(self, x: Any) -> Any:
         return x
 
 
 def wrap(model: nn.Module) -> nn.Module:
     """Let NNCF's hooks run in the model's forward; the model itself is returned."""
-    return wrap_model(model)
+    if not is_wrapped(model):
+        wrap_model(model)
+        if isinstance(model, (nn.Sequential, nn.ModuleDict, nn.ModuleList)):
+            setattr(model, ATR_HOOK_STORAGE, _PassingStorage())
+    return model
+
+
+def forward_of(model: nn.Module) -> Callable:
+    """A model's forward without NNCF's hooks."""
+    return model.forward.orig_forward if is_wrapped(model) else model.forward
+
+
+def set_forward(model: nn.Module, forward: Callable) -> None:
+    """Replace a model's forward; NNCF's hooks stay around it."""
+    if is_wrapped(model):
+        model.forward._orig_forward = forward
+    else:
+        model.forward = forward
+
+
+def inner_function(function: Callable) -> Callable | None:
+    """NNCF's copy of the body of a function whose inner calls Python cannot see otherwise."""
+    return get_handle_inner_function(function)
 
 
 def forget_graph(model: nn.Module | GraphModelWrapper) -> None:
@@ -100,14 +141,115 @@ def hooks(model: nn.Module) -> Iterator[Hook]:
         yield Hook("pre" if when.startswith("pre") else "post", op, port, module)
 
 
+def restore(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Put back the hooks of ``nncf.torch.get_config``; their tensors come with the state dict.
+
+    Classes of hooks are imported only from NNCF, from this plugin and from distributions that
+    registered a quantizer through an entry point, which the user installed.
+
+    Raises
+    ------
+    nncf.InternalError
+        A class is of none of these, or is not there.
+    """
+    values = (entry.value for entry in registry.entries("quantizers"))
+    packages = sorted({value.split(":")[0].split(".")[0] for value in values})
+    allowed = ("nncf.*", *(pattern for name in packages for pattern in (name, f"{name}.*")))
+    return nncf.torch.load_from_config(model, config, allowed_modules=allowed)
+
+
+def take(model: nn.Module, name: str, port: int | None) -> list[nn.Module]:
+    """Remove the modules that `insert` put at a place, and return them in their order."""
+    if not is_wrapped(model):
+        return []
+    wanted = ("post", name, 0) if port is None else ("pre", name, port)
+    storage = get_hook_storage(model)
+    taken = []
+    for key, module in list(storage.named_hooks(remove_duplicate=False)):
+        when, op, at = decode_hook_name(key)
+        if (when.removesuffix("_hooks"), op, at) == wanted:
+            storage.delete_hook(key)
+            taken.append(module)
+    return taken
+
+
+class ReplacedOps(nn.Module):
+    """A model in which some ops are computed by modules; its other hooks run as before.
+
+    Attributes
+    ----------
+    model
+        The model, changed by nothing but its hooks.
+    ops
+        By op name in the NNCF graph: what runs instead. Called as ``op(function, args, kwargs)``
+        with the arguments after the hooks on them.
+    """
+
+    def __init__(self, model: nn.Module, ops: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.model = model
+        self.ops = nn.ModuleDict({self.key(name): op for name, op in ops.items()})
+
+    @staticmethod
+    def key(name: str) -> str:
+        """The name of an op's module; converters keep it in the names of their nodes."""
+        return name.replace("/", ":")
+
+    def named_ops(self) -> dict[str, nn.Module]:
+        """The replacing modules by op name."""
+        return {key.replace(":", "/"): op for key, op in self.ops.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        wrapped = is_wrapped(self.model)
+        storage = get_hook_storage(self.model) if wrapped else HookStorage()
+        forward = self.model.forward.orig_forward if wrapped else self.model.forward
+        with _ReplacingMode(self.model, storage, self.named_ops()) as mode:
+            args, kwargs = mode.process_model_inputs(args, kwargs)
+            return mode.process_model_outputs(forward(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        # What is asked of an image model (its input size, its classes) is asked of this one too.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+
+class _ReplacingMode(FunctionHookMode):
+    """NNCF's own mode, which names every call and runs the hooks, with some calls replaced."""
+
+    def __init__(
+        self, model: nn.Module, hook_storage: HookStorage, ops: dict[str, nn.Module]
+    ) -> None:
+        super().__init__(model, hook_storage)
+        self.ops = ops
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inner = get_handle_inner_function(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
+        if not self.enabled or func.__name__ in IGNORED_FN_NAMES:
+            return func(*args, **kwargs)
+        meta = OpMeta(self.get_next_op_call_name(func.__name__), func)
+        args, kwargs = self.execute_pre_hooks(args, kwargs, meta)
+        op = self.ops.get(meta.op_name)
+        output = func(*args, **kwargs) if op is None else op(func, args, kwargs)
+        return self.execute_post_hooks(output, meta)
+
+
 @contextmanager
 def watching(
     model: nn.Module,
-    inputs: dict[tuple[str, int], Callable[[Tensor], None]],
-    outputs: dict[str, Callable[[Tensor], None]],
+    inputs: dict[tuple[str, int], Callable[[Tensor], Tensor | None]],
+    outputs: dict[str, Callable[[Tensor], Tensor | None]],
 ) -> Iterator[None]:
     """Show the values at input ports and outputs of ops to functions, for as long as the context
-    lasts.
+    lasts. What a function returns, unless None, takes the value's place.
 
     Parameters
     ----------
@@ -115,7 +257,7 @@ def watching(
         Functions by (op name, input port). They see the value after the hooks that are there
         already.
     outputs
-        Functions by op name.
+        Functions by op name. A tensor that one returns takes the value's place.
     """
     handles = [
         register_pre_function_hook(model, op, port, _Tap(see)) for (op, port), see in inputs.items()
@@ -126,3 +268,28 @@ def watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The model without its hooks, for as long as the context lasts: the float model again."""
+    if not is_wrapped(model):
+        yield
+        return
+    storage = get_hook_storage(model)
+    kept = storage.pre_hooks, storage.post_hooks
+    storage.pre_hooks, storage.post_hooks = nn.ModuleDict(), nn.ModuleDict()
+    try:
+        yield
+    finally:
+        storage.pre_hooks, storage.post_hooks = kept
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a hook in the place of another one, everywhere where that one is."""
+    storage = get_hook_storage(model)
+    for places in (storage.pre_hooks, storage.post_hooks):
+        for at_place in places.values():
+            for key, hook in at_place.items():
+                if hook is old:
+                    at_place[key] = new

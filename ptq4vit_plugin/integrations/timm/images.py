@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 from timm.data import (
     ImageNetInfo,
     create_dataset,
@@ -93,6 +94,13 @@ def image_transform(model: nn.Module) -> ImageTransform:
     a model created with other ``img_size`` or ``in_chans`` keeps the pretrained ones in its config.
     Three colour means become their average when the model has another number of channels.
     """
+    config = _transform_config(model)
+    channels, *size = config["input_size"]
+    return ImageTransform(channels, tuple(size), create_transform(**config, is_training=False))
+
+
+def _transform_config(model: nn.Module) -> dict[str, Any]:
+    """`timm.data.resolve_model_data_config` with the model's own size and channels."""
     config = resolve_model_data_config(model)
     channels = input_channels(model) or config["input_size"][0]
     size = fixed_size(model) or tuple(config["input_size"][1:])
@@ -100,8 +108,63 @@ def image_transform(model: nn.Module) -> ImageTransform:
         values = tuple(config[key])
         if len(values) != channels:
             config[key] = (sum(values) / len(values),) * channels
-    config["input_size"] = (channels, *size)
-    return ImageTransform(channels, size, create_transform(**config, is_training=False))
+    return config | {"input_size": (channels, *size)}
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode one image file.
+
+    Raises
+    ------
+    DataError
+        It cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"'{path}' cannot be read as an image: {one_line(error)}") from error
+
+
+class Preprocessing(BaseModel):
+    """What a model's images need, and its classes' names: travels with an exported model.
+
+    Attributes
+    ----------
+    input_size
+        Channels, height and width.
+    mean, std
+        Per channel, of pixels in ``[0, 1]``.
+    interpolation, crop_pct, crop_mode
+        As `timm.data.create_transform` takes them.
+    labels
+        Names of the classes in order; empty when they are not known.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    labels: tuple[str, ...] = ()
+
+    def transform(self) -> ImageTransform:
+        """The transform that these values describe."""
+        pipeline = create_transform(**self.model_dump(exclude={"labels"}), is_training=False)
+        return ImageTransform(self.input_size[0], self.input_size[1:], pipeline)
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """What `image_transform` does for a model, as values, with ImageNet's class names."""
+    config = _transform_config(model)
+    subset = infer_imagenet_subset({"num_classes": getattr(model, "num_classes", 0)})
+    labels = ImageNetInfo(subset).label_descriptions() if subset else ()
+    names = Preprocessing.model_fields.keys() - {"labels"}
+    return Preprocessing(**{name: config[name] for name in names}, labels=tuple(labels))
 
 
 def split_folder(root: Path, split: str) -> Path:

@@ -1,0 +1,486 @@
+"""Quantize the smallest model of every attention family in timm and write ``docs/coverage.md``.
+
+    python benchmarks/coverage.py survey     find the families, and the smallest model of each
+    python benchmarks/coverage.py measure    quantize, save, load and export them, one by one
+    python benchmarks/coverage.py write      write the table
+
+A *family* is one of timm's modules (``timm.models.list_modules()``) with a model that multiplies
+two computed tensors with each other, which is what attention does. Variants of a module are tried
+from the smallest on (one per pair of leading name parts, such as ``mobilenetv4_hybrid``); whether
+one has attention is seen from the functions that it calls. Results are kept in
+``benchmarks/coverage.json`` after every model, so both steps go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import openvino
+import timm
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import ptq4vit_plugin
+from ptq4vit_plugin.errors import DataError
+from ptq4vit_plugin.evaluation import logit_sqnr
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
+from ptq4vit_plugin.integrations.nncf.capture import Batch
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.pipeline import plan
+from ptq4vit_plugin.plan import Plan
+from ptq4vit_plugin.record import record_of
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "coverage.json"
+PAGE = ROOT / "docs" / "coverage.md"
+
+SIZES = (56, 64, 96, 112, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
+IMAGES = 2
+CLASSES = 10
+#: Models above this size are built with two blocks where timm has an argument for that.
+LARGE = 15e6
+SHORT_SEARCH = {"algorithm": "ptq4vit", "search_range": {"alpha": 0.5, "n": 4}, "rounds": 1}
+#: OpenVINO rounds in another order, so that now and then a value falls on the next level.
+MATCHING_DB = 20
+
+#: No other precision than the quantizers', and no 8-bit kernels: without VNNI these saturate.
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    "LP_TRANSFORMS_MODE": "NO",
+}
+
+PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "addmm")
+HIDDEN_PRODUCTS = ("scaled_dot_product_attention", "einsum", "multi_head_attention_forward")
+
+
+class Calls(TorchFunctionMode):
+    """Count what a model calls. Knows nothing of NNCF or of this plugin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.multiplies_activations = False
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__
+        self.count[name] += 1
+        if name in HIDDEN_PRODUCTS or name in PRODUCTS:
+            tensors = [x for x in args if isinstance(x, Tensor)]
+            self.multiplies_activations |= len(tensors) >= 2 and not any(
+                isinstance(x, nn.Parameter) for x in tensors
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Skip in-place functions: filling weights that are never used takes most of the time."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__
+        if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+def survey(results: dict[str, Any], deadline: float) -> None:
+    """The smallest model with attention of each of timm's modules."""
+    families = results.setdefault("families", {})
+    for module in timm.models.list_modules():
+        if module in families:
+            continue
+        if time.monotonic() > deadline:
+            return
+        sizes = results.setdefault("parameters", {})
+        if module not in sizes:
+            sizes[module] = {name: _parameters(name) for name in timm.list_models(module=module)}
+        families[module] = _smallest_with_attention(sizes[module])
+        store(results)
+        print(module, families[module], flush=True)
+
+
+def _parameters(name: str) -> int:
+    with _NoInitialization(), torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name).parameters())
+
+
+def _smallest_with_attention(sizes: dict[str, int]) -> str | None:
+    tried = set()
+    for name in sorted(sizes, key=sizes.get):
+        prefix = tuple(name.split("_")[:2])
+        if prefix not in tried:
+            tried.add(prefix)
+            if _has_attention(name):
+                return name
+    return None
+
+
+def _has_attention(name: str) -> bool:
+    """Run the model without numbers, or with them where it looks at some."""
+    for device in ("meta", "cpu"):
+        try:
+            with _NoInitialization() if device == "meta" else nullcontext(), torch.device(device):
+                model = timm.create_model(name).eval()
+                images = torch.zeros(1, *model.pretrained_cfg["input_size"])
+            with Calls() as calls, torch.no_grad():
+                model(images)
+            return calls.multiplies_activations
+        except (RuntimeError, NotImplementedError):
+            continue
+    raise RuntimeError(f"{name} does not run")
+
+
+# --- one model ------------------------------------------------------------------------------------
+
+
+def build(name: str, parameters: int) -> tuple[nn.Module, int, dict[str, Any]]:
+    """A random model at the smallest image size that it accepts, its size and its arguments."""
+    failure: Exception | None = None
+    for size in SIZES:
+        for args in _arguments(size, parameters):
+            torch.manual_seed(0)
+            try:
+                model = timm.create_model(name, num_classes=CLASSES, **args).eval()
+                with torch.no_grad():
+                    logits = model(torch.randn(2, 3, size, size))
+                if logits.isfinite().all():
+                    randomize(model)
+                    return model, size, args
+            except Exception as error:  # timm's models refuse sizes in many ways
+                failure = error
+    raise RuntimeError(f"no image size from {SIZES[0]} to {SIZES[-1]} works: {failure}")
+
+
+def _arguments(size: int, parameters: int) -> list[dict[str, Any]]:
+    small = [{"depth": 2}] if parameters > LARGE else []
+    return [{"img_size": size} | more for more in (*small, {})] + [*small, {}]
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Give what starts as a constant (norms, layer scales, biases) a value of its own, so that no
+    branch is silent."""
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
+            if parameter.flatten()[0] == 0:
+                parameter.normal_(0, 0.02)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+
+
+def measure(name: str, parameters: int) -> dict[str, Any]:
+    """All figures of one model; `failure` says what went wrong first."""
+    started = time.perf_counter()
+    result: dict[str, Any] = {"model": name, "parameters": parameters}
+    try:
+        model, size, args = build(name, parameters)
+        result |= {"image_size": size, "arguments": args}
+        images = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(1))
+        result |= quantized(model, images)
+    except Exception as error:
+        result["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    result["seconds"] = time.perf_counter() - started
+    return result
+
+
+def quantized(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Quantize, evaluate, save, load and export."""
+    started = time.perf_counter()
+    result = ptq4vit_plugin.quantize(model, [images], SHORT_SEARCH)
+    seconds = time.perf_counter() - started
+    labels = torch.arange(len(images)) % CLASSES
+    metrics = ptq4vit_plugin.evaluate(result, [(images, labels)], model)
+    with torch.no_grad():
+        logits = result(images)
+    silent = hooks_that_do_not_run(result, images)
+    with tempfile.TemporaryDirectory() as folder:
+        path = ptq4vit_plugin.save(result, Path(folder) / "model.safetensors")
+        again = ptq4vit_plugin.load(path, copy.deepcopy(model))
+    with torch.no_grad():
+        identical = torch.equal(again(images), logits)
+    if silent:
+        raise RuntimeError(f"{len(silent)} quantizers never run, for example {silent[0]}")
+    figures = {"quantize_seconds": seconds, "sqnr_db": metrics.sqnr_db, "identical": identical}
+    figures |= counted(model, images, record_of(result).plan)
+    return figures | exported(model, result, images)
+
+
+def hooks_that_do_not_run(model: nn.Module, images: Tensor) -> list[str]:
+    """Ops and parameters whose quantizer is not called in a forward pass."""
+    silent = {hook.module: f"{hook.op} port {hook.port}" for hook in hooks.hooks(model)}
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: silent.pop(module, None) and None)
+        for module in list(silent)
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return list(silent.values())
+
+
+def counted(model: nn.Module, images: Tensor, chosen: Plan) -> dict[str, Any]:
+    """The plan beside an independent count of what the model calls and multiplies."""
+    with torch.no_grad():
+        reference = model(images)
+    prepared = copy.deepcopy(model).requires_grad_(False)
+    prepare(prepared, Batch((images,), {}))
+    with Calls() as calls, torch.no_grad():
+        prepared(images)
+    folded = fold_batch_norms(prepared, hooks.trace(prepared, images))
+    with torch.no_grad():
+        difference = _relative(prepared(images), reference)
+    with FlopCounterMode(display=False) as flops:
+        copy.deepcopy(model).requires_grad_(False)(images)
+    quantizers = Counter(o.quantizer for op in chosen.ops for o in op.operands)
+    ops = (*chosen.ops, *chosen.left_out)
+    kinds = Counter(op.kind for op in ops)
+    return {
+        "ops": len(chosen.ops),
+        "left_out": dict(Counter(op.reason for op in chosen.left_out)),
+        "counted": {
+            "linear": (kinds["linear"], calls.count["linear"]),
+            "conv2d": (kinds["conv2d"], calls.count["conv2d"]),
+            "products": (
+                sum(kinds[name] for name in PRODUCTS),
+                sum(calls.count[name] for name in PRODUCTS),
+            ),
+            "macs": (sum(op.macs for op in ops), flops.get_total_flops() / 2 / len(images)),
+        },
+        "softmax_called": calls.count["softmax"],
+        "softmax_twins": quantizers["twin_softmax"],
+        "gelu_twins": quantizers["twin_gelu"],
+        "macs_quantized": chosen.macs_quantized,
+        "batch_norms_folded": len(folded),
+        "float_difference": difference,
+        "double_difference": _difference_in_double(model, images),
+    }
+
+
+def _difference_in_double(model: nn.Module, images: Tensor) -> float | None:
+    """What preparing changes apart from rounding; None for models that insist on float32."""
+    model, images = copy.deepcopy(model).double(), images.double()
+    prepared = copy.deepcopy(model)
+    try:
+        with torch.no_grad():
+            reference = model(images)
+            prepare(prepared, Batch((images,), {}))
+            fold_batch_norms(prepared, hooks.trace(prepared, images))
+            return _relative(prepared(images), reference)
+    except (DataError, RuntimeError):
+        return None
+
+
+def _relative(output: Tensor, reference: Tensor) -> float:
+    return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+def exported(model: nn.Module, result: nn.Module, images: Tensor) -> dict[str, Any]:
+    """What OpenVINO's own tracing makes of the quantized model.
+
+    Where OpenVINO cannot run it with a scale per head, it is tried with a scale per tensor.
+    """
+    try:
+        return {"openvino_db": openvino_db(result, images), "openvino_scales": "head"}
+    except Exception as error:
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+    per_tensor = {**SHORT_SEARCH, "activations": {"granularity": "tensor"}}
+    try:
+        result = ptq4vit_plugin.quantize(model, [images], per_tensor)
+        figures = {"openvino_db": openvino_db(result, images), "openvino_scales": "tensor"}
+    except Exception:
+        return {"openvino_failure": failure}
+    return figures | {"openvino_failure_with_heads": failure}
+
+
+def openvino_db(model: nn.Module, images: Tensor) -> float:
+    """SQNR of OpenVINO's logits against PyTorch's."""
+    with torch.no_grad():
+        logits = model(images)
+        converted = openvino.convert_model(model, example_input=images)
+    compiled = openvino.compile_model(converted, "CPU", EXACT)
+    return sqnr(logits, torch.from_numpy(compiled(images.numpy())[0].copy()))
+
+
+def sqnr(reference: Tensor, other: Tensor) -> float:
+    """SQNR in dB, 200 at most."""
+    return min(200.0, logit_sqnr(reference, other))
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def planning_seconds(name: str = "vit_base_patch16_224") -> float:
+    """Seconds to plan a full-size model that is there."""
+    model = timm.create_model(name).eval()
+    images = torch.randn(1, 3, 224, 224)
+    started = time.perf_counter()
+    plan(model, images)
+    return time.perf_counter() - started
+
+
+def write(results: dict[str, Any]) -> None:
+    """The page with one row per family."""
+    models = {m: name for m, name in sorted(results["families"].items()) if name}
+    rows = {m: results["models"][m] for m in models if m in results.get("models", {})}
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join(page(results, rows)) + "\n", encoding="utf-8")
+    print(PAGE)
+
+
+def page(results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines of Markdown."""
+    whole = [r for r in rows.values() if works(r)]
+    export = [r for r in rows.values() if exports(r)]
+    shares = [r["macs_quantized"] for r in rows.values() if "macs_quantized" in r]
+    differences = [r["float_difference"] for r in rows.values() if "float_difference" in r]
+    doubles = [r["double_difference"] for r in rows.values() if r.get("double_difference")]
+    lines = [
+        "# Coverage of timm's attention models",
+        "",
+        "Written by `python benchmarks/coverage.py`; do not edit.",
+        "",
+        f"timm {timm.__version__} has {len(results['families'])} modules of models "
+        f"(`timm.models.list_modules()`); {len(rows)} have a model that multiplies two computed "
+        "tensors with each other, and are families here. Of each the smallest such model is taken, "
+        "with random weights (norms, layer scales and batch statistics random too), "
+        f"{CLASSES} classes and the smallest of the image sizes {SIZES[0]} ... {SIZES[-1]} that it "
+        f"accepts; those of more than {LARGE / 1e6:.0f} million parameters get two blocks where "
+        f"timm has an argument `depth`. Calibration and measurement: the same {IMAGES} random "
+        "images, W8A8, one round, "
+        f"{SHORT_SEARCH['search_range']['n']} candidates. Random models and images say what "
+        "works, not how good a trained model will be.",
+        "",
+        f"- quantized, evaluated, saved and loaded bit for bit: **{len(whole)} of {len(rows)}**",
+        f"- OpenVINO runs the quantized model with the same logits (at least {MATCHING_DB} dB): "
+        f"**{len(export)} of {len(rows)}**",
+        f"- mean share of multiply-accumulates quantized: **{sum(shares) / len(shares):.2%}**, "
+        f"least {min(shares):.2%}",
+        f"- relative difference of float logits by preparing: at most **{max(differences):.1e}** "
+        f"in float32 ({sum(d <= 1e-5 for d in differences)} of {len(differences)} at most 1e-5), "
+        f"**{max(doubles):.1e}** in float64 ({len(doubles)} models that run in it)",
+        f"- planning a ViT-B/16 at 224: **{results['plan_vit_b_seconds']:.1f} s**",
+        "",
+        "Columns. *ops*: linears, convolutions and products that are quantized. *left out*: those "
+        "that are not. *found / called*: linears, convolutions and products in the plan against an "
+        "independent count of the calls that the model makes. *twins*: operands with the softmax "
+        "twin of softmax calls, and with the GELU twin. *MACs*: share of multiply-accumulates "
+        "with both operands quantized, in parentheses the plan's total over PyTorch's own FLOP "
+        "counter. *SQNR*: of the logits, in dB. *again*: loaded logits are bit for bit the same. "
+        "*OpenVINO*: SQNR of OpenVINO's logits against the quantized model's, in dB, traced by "
+        "`openvino.convert_model` and run without 8-bit kernels; ᵗ: with activation scales per "
+        "tensor, because OpenVINO's CPU plugin refuses some scales per head. *s*: all of this.",
+        "",
+        "| family | model | image | ops | left out | found / called | softmax twins | GELU twins "
+        "| MACs | SQNR | again | OpenVINO | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *(row(module, result) for module, result in rows.items()),
+        "",
+        "## What is left out, and failures",
+        "",
+    ]
+    for module, result in rows.items():
+        for reason, count in result.get("left_out", {}).items():
+            lines.append(f"- {module}: {count} op{'s' * (count > 1)}: {reason}")
+        for key in ("failure", "openvino_failure", "openvino_failure_with_heads"):
+            if key in result:
+                lines.append(f"- {module}: **{key.replace('_', ' ')}**: {result[key]}")
+    return lines
+
+
+def works(result: dict[str, Any]) -> bool:
+    """Quantized, evaluated, saved, loaded and the same."""
+    return bool(result.get("identical")) and "failure" not in result
+
+
+def exports(result: dict[str, Any]) -> bool:
+    """OpenVINO computes the same logits."""
+    return result.get("openvino_db", 0) >= MATCHING_DB
+
+
+def row(module: str, result: dict[str, Any]) -> str:
+    """One row of the table; what was not reached stays empty."""
+    counted = result.get("counted", {})
+    macs = counted.get("macs")
+    cells = [
+        module,
+        f"`{result['model']}`",
+        result.get("image_size"),
+        result.get("ops"),
+        sum(result.get("left_out", {}).values()),
+        ", ".join(f"{a} / {b}" for key, (a, b) in counted.items() if key != "macs"),
+        f"{result['softmax_twins']} / {result['softmax_called']}" if counted else None,
+        result.get("gelu_twins"),
+        f"{result['macs_quantized']:.1%} ({macs[0] / macs[1]:.3f})" if macs else None,
+        f"{result['sqnr_db']:.1f}" if "sqnr_db" in result else None,
+        {True: "yes", False: "NO"}.get(result.get("identical")),
+        f"{result['openvino_db']:.0f}{'ᵗ' * (result['openvino_scales'] == 'tensor')}"
+        if "openvino_db" in result
+        else None,
+        f"{result['seconds']:.0f}",
+    ]
+    return "| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |"
+
+
+def store(results: dict[str, Any]) -> None:
+    """Keep what is known so far."""
+    part = RESULTS.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    part.replace(RESULTS)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=("survey", "measure", "write"))
+    parser.add_argument("families", nargs="*", help="only these; measured again if they were")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    deadline = time.monotonic() + options.seconds
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if options.step == "survey":
+        survey(results, deadline)
+    elif options.step == "write":
+        write(results)
+    else:
+        models = results.setdefault("models", {})
+        if "plan_vit_b_seconds" not in results:
+            results["plan_vit_b_seconds"] = planning_seconds()
+        families = {m: name for m, name in results["families"].items() if name}
+        for module in options.families or [m for m in families if m not in models]:
+            if time.monotonic() > deadline:
+                break
+            name = families[module]
+            models[module] = measure(name, results["parameters"][module][name])
+            store(results)
+            print(row(module, models[module]), models[module].get("failure", ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()

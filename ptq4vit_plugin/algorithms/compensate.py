@@ -1,0 +1,235 @@
+"""Repair of a quantized model in closed form: weights, rounding and biases, op by op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from nncf.common.graph.graph import NNCFGraph
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
+from nncf.common.utils.backend import BackendType
+from nncf.quantization.algorithms.algorithm import Algorithm
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptq4vit_plugin.algorithms.compensation.normal import Normal
+from ptq4vit_plugin.algorithms.compensation.ridge import held_out_ridge
+from ptq4vit_plugin.algorithms.compensation.rounding import held_out_rounding
+from ptq4vit_plugin.algorithms.compensation.steps import RowGrid, best_grid
+from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.algorithms.views import view_of
+from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.capture import Batch, batches, token_weights
+from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.nncf.streams import Seen, run_side_by_side
+from ptq4vit_plugin.plan import FoundOp
+
+#: One image in so many is held out when a damping is chosen.
+HELD_OUT = 4
+
+
+class Compensate(BaseModel, Algorithm):
+    """After quantization, let weights and biases absorb the errors; scales of activations stay.
+
+    Lifecycle of `apply`: a backward pass of the float model weighs every token; then one forward
+    pass runs the float and the quantized model side by side, and every linear or convolution,
+    when its turn comes, is fitted to the float model's output from its real, quantized inputs.
+    Attention's products have no parameters and are only run.
+
+    Attributes
+    ----------
+    weights
+        Ridge regression moves the float weights to where the quantized inputs serve them best;
+        then the steps of the weights are chosen anew.
+    rounding
+        Error-compensating rounding (GPTQ) in place of rounding to nearest.
+    bias
+        The bias absorbs the mean output error of every channel.
+    gradient
+        How tokens are weighed; None weighs all alike.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: bool = Field(default=True, description="ridge regression on the quantized inputs")
+    rounding: bool = Field(default=True, description="error-compensating rounding")
+    bias: bool = Field(default=True, description="biases absorb the mean output error")
+    gradient: Gradient | None = Gradient()
+
+    _dataset: Any = PrivateAttr(default=None)
+
+    def __init__(self, dataset: Any = None, **fields: Any) -> None:
+        super().__init__(**fields)
+        self._dataset = dataset
+
+    @property
+    def available_backends(self) -> list[BackendType]:
+        """PyTorch only."""
+        return [BackendType.TORCH]
+
+    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
+        """NNCF collects nothing for this algorithm: it records what it needs itself."""
+        return StatisticPointsContainer()
+
+    def apply(
+        self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
+    ) -> Any:
+        """Compensate in place and return the model.
+
+        Raises
+        ------
+        DataError
+            No calibration data.
+        ModelError
+            The model is not quantized.
+        """
+        module = hooks.unwrap(model)
+        source = self._dataset if dataset is None else dataset
+        if source is None:
+            raise DataError("Compensate needs calibration images: Compensate(dataset, ...)")
+        if next(hooks.hooks(module), None) is None:
+            raise ModelError("compensate: the model has no quantizers; quantize it before that")
+        self.compensate(module, batches(source))
+        return model
+
+    @torch.no_grad()
+    def compensate(self, module: nn.Module, data: Sequence[Batch]) -> None:
+        """`apply` for a bare module and checked batches."""
+        quantizers = {
+            (hook.op, hook.port if hook.when == "pre" else None): hook.module
+            for hook in hooks.hooks(module)
+        }
+        first = data[0].to(module)
+        with hooks.switched_off(module):
+            graph = hooks.trace(module, first.example)
+            buffers = {name for name, _ in module.named_buffers()}
+            ops, _ = find_ops(graph, len(first), buffers)
+            # A weight or bias that is computed in forward cannot be written to.
+            ops = [op for op in ops if op.kind == "matmul" or op.sources[1].parameter]
+            weighed = [op for op in ops if op.kind != "matmul"]
+            importance = (
+                token_weights(module, data, weighed, self.gradient) if self.gradient else {}
+            )
+            shared = _shared_parameters(ops)
+            exchanged: list[tuple[nn.Module, nn.Module]] = []
+
+            def visit(op: FoundOp, seen: Seen) -> Tensor:
+                inputs = [
+                    _through(quantizers.get((op.name, port)), x)
+                    for port, x in sorted(seen.inputs.items())
+                ]
+                if op.kind == "matmul":
+                    return torch.matmul(*inputs)
+                name = op.sources[1].parameter
+                quantizer = quantizers.get((name, None))
+                fixed = name in shared or op.convolution.get("groups", 1) > 1
+                layer = _Layer(module, op, seen, inputs[0], quantizer, importance.get(op.name))
+                if not fixed:
+                    changed = self._treat(layer, sum(map(len, data)))
+                    if changed is not None:
+                        exchanged.append((quantizer, changed))
+                return layer.output()
+
+            run_side_by_side(module, data, ops, visit)
+        for old, new in exchanged:
+            hooks.replace(module, old, new)
+
+    def _treat(self, layer: _Layer, images: int) -> nn.Module | None:
+        """Fit one layer; returns the quantizer that its weight needs now, if it is another one."""
+        fit, check = layer.sums(images)
+        whole = fit if check is None else fit + check
+        grid = RowGrid.of(layer.quantizer)
+        weight, changed = layer.weight, None
+        if grid is not None:
+            if self.weights and check is not None:
+                weight = held_out_ridge(fit, check, weight)
+                grid = best_grid(grid, weight, whole.gram.diagonal())
+                changed = grid.module(layer.quantizer)
+            if self.rounding:
+                weight = held_out_rounding(fit, check, weight, grid)
+            else:
+                weight = grid.nearest(weight.double())
+            layer.write_weight(weight)
+        elif layer.quantizer is not None:
+            weight = layer.quantizer(layer.parameter).flatten(1)
+        if self.bias and layer.op.bias:
+            layer.write_bias(whole.bias(weight))
+        layer.quantizer = changed or layer.quantizer
+        return changed
+
+
+class _Layer:
+    """A linear or convolution in the middle of the pass: canonical views, and writing back."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        op: FoundOp,
+        seen: Seen,
+        quantized: Tensor,
+        quantizer: nn.Module | None,
+        importance: Tensor | None,
+    ) -> None:
+        self.op = op
+        self.parameter = module.get_parameter(op.sources[1].parameter)
+        self.bias = module.get_parameter(op.bias) if op.bias else None
+        self.quantizer = quantizer
+        self.x = quantized
+        self.importance = importance
+        self._view = view_of(op)
+        self._seen = seen
+        exact = self._rows(seen.exact[0])
+        target = self._view.output(seen.target.float())
+        # Where the bias is no parameter it stays as it is, whatever it is.
+        self._rest = None if op.bias else target[0, 0, 0] - exact[0] @ self.weight.T.float()
+
+    @property
+    def weight(self) -> Tensor:
+        """``[O, I]``."""
+        return self.parameter.detach().flatten(1)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Canonical rows ``[N, I]`` (one group)."""
+        return self._view.operands(x.float(), self.parameter.float())[0][0, 0]
+
+    def sums(self, images: int) -> tuple[Normal, Normal | None]:
+        """Normal equations of the images that are fitted, and of those held out if any can be."""
+        x, y = self._rows(self.x), self._view.output(self._seen.target.float())[0, 0]
+        if self._rest is not None:
+            y = y - self._rest
+        weight = torch.ones(len(x)) if self.importance is None else self.importance
+        weight = weight.to(x) / weight.mean().clamp_min(1e-30).to(x)
+        centred = self.bias is not None
+        if images < HELD_OUT or len(x) % images:
+            return Normal.of(x, y, weight, centred), None
+        image = torch.arange(len(x), device=x.device) // (len(x) // images)
+        out = image % HELD_OUT == HELD_OUT - 1
+        fit, check = (Normal.of(x[m], y[m], weight[m], centred) for m in (~out, out))
+        return fit, check
+
+    def write_weight(self, weight: Tensor) -> None:
+        self.parameter.copy_(weight.view_as(self.parameter))
+
+    def write_bias(self, bias: Tensor) -> None:
+        self.bias.copy_(bias)
+
+    def output(self) -> Tensor:
+        """The op's output from its quantized input, weight and bias as they are now."""
+        weight = _through(self.quantizer, self.parameter)
+        bias = self.bias if self._rest is None else self._rest.to(weight)
+        if self.op.kind == "conv2d":
+            return F.conv2d(self.x, weight, bias, **self.op.convolution)
+        return F.linear(self.x, weight, bias)
+
+
+def _through(quantizer: nn.Module | None, x: Tensor) -> Tensor:
+    return x if quantizer is None else quantizer(x)
+
+
+def _shared_parameters(ops: Sequence[FoundOp]) -> set[str]:
+    """Weights that several ops use: no single one of them may change them."""
+    names = [op.sources[1].parameter for op in ops if op.sources[1].parameter]
+    return {name for name in names if names.count(name) > 1}

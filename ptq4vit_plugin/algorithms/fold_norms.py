@@ -1,0 +1,194 @@
+"""Exact folds before quantization: norms into linears (RepQ-ViT), and inside attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from nncf.common.graph.graph import NNCFGraph
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
+from nncf.common.utils.backend import BackendType
+from nncf.quantization.algorithms.algorithm import Algorithm
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from torch import Tensor, nn
+
+from ptq4vit_plugin.algorithms.folding.factors import balance, channel_scale
+from ptq4vit_plugin.algorithms.folding.rescale import (
+    fold_norm,
+    transform_columns,
+    transform_rows,
+)
+from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
+from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.capture import Batch, batches, outputs_of, run
+from ptq4vit_plugin.integrations.nncf.channels import (
+    NormPath,
+    ScorePath,
+    ValuePath,
+    attention_paths,
+    norm_paths,
+)
+from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.timm.attention import fuse_attention
+
+# Largest difference of outputs before and after, relative to the largest output, above which a
+# fold is refused. Float32 rounding leaves about 1e-6.
+TOLERANCE = 1e-4
+
+
+class FoldNorms(BaseModel, Algorithm):
+    """Rescale channels so that one scale per tensor fits them all; the function stays the same.
+
+    Lifecycle of `apply`: norms followed by linears, and attentions whose factors are rows of
+    linears, are found on the graph and proved by running it; activations are measured in one
+    forward pass per calibration batch; scales (and shifts) are chosen in closed form and written
+    into the parameters; the outputs before and after are compared.
+
+    Attributes
+    ----------
+    norms
+        Norm to linears: a scale and, where there are biases, a shift per channel.
+    attention
+        A transform per head between queries and keys, and between values and projection.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    norms: bool = Field(default=True, description="fold scales and shifts of norms into linears")
+    attention: bool = Field(
+        default=True, description="balance queries with keys and values with the projection"
+    )
+
+    _dataset: Any = PrivateAttr(default=None)
+
+    def __init__(self, dataset: Any = None, **fields: Any) -> None:
+        super().__init__(**fields)
+        self._dataset = dataset
+
+    @property
+    def available_backends(self) -> list[BackendType]:
+        """PyTorch only."""
+        return [BackendType.TORCH]
+
+    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
+        """NNCF collects nothing for this algorithm: it records what it needs itself."""
+        return StatisticPointsContainer()
+
+    def apply(
+        self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
+    ) -> Any:
+        """Fold in place and return the model.
+
+        Raises
+        ------
+        DataError
+            No calibration data.
+        ModelError
+            The model is quantized already, or its outputs change.
+        """
+        module = hooks.unwrap(model)
+        source = self._dataset if dataset is None else dataset
+        if source is None:
+            raise DataError("FoldNorms needs calibration images: FoldNorms(dataset, ...)")
+        if next(hooks.hooks(module), None) is not None:
+            raise ModelError("fold_norms: the model is quantized already; fold it before that")
+        self.fold(module, batches(source))
+        hooks.forget_graph(model)
+        return model
+
+    @torch.no_grad()
+    def fold(self, module: nn.Module, data: Sequence[Batch]) -> None:
+        """`apply` for a bare module and checked batches."""
+        first = data[0].to(module)
+        switched = prepare(module, first)
+        graph = hooks.trace(module, first.example)
+        found, _ = find_ops(graph, len(first), {name for name, _ in module.named_buffers()})
+        before = _output(module, first)
+        kept = {name: value.clone() for name, value in module.named_parameters()}
+        # Attention first: it changes rows whose reach the scales of the norms depend on.
+        if self.attention:
+            scores, values = attention_paths(module, graph, found, first.example)
+            measured = _measure_heads(module, data, scores, values)
+            for path in scores:
+                _balance_scores(module, path, measured)
+            for path in values:
+                _balance_values(module, path, measured)
+        if self.norms:
+            paths = norm_paths(module, graph, found, first.example)
+            for path, seen in _measure_norms(module, data, paths):
+                _fold_norm(module, path, seen)
+        change = (_output(module, first) - before).abs().max() / before.abs().max()
+        if not change <= TOLERANCE:
+            for name, value in module.named_parameters():
+                value.copy_(kept[name])
+            raise ModelError(
+                f"fold_norms: the outputs of {type(module).__name__} change by {change:.1e} of the "
+                "largest, so a fold is not exact for it; leave the step out"
+            )
+        fuse_attention(module, switched)
+
+
+def _output(module: nn.Module, batch: Batch) -> Tensor:
+    return outputs_of(module, run(module, batch)).tensors[0].double()
+
+
+def _run(module: nn.Module, data: Sequence[Batch], inputs: dict, outputs: dict) -> None:
+    with hooks.watching(module, inputs, outputs):
+        for batch in data:
+            _output(module, batch.to(module))
+
+
+def _measure_norms(
+    module: nn.Module, data: Sequence[Batch], paths: Sequence[NormPath]
+) -> list[tuple[NormPath, Channels]]:
+    seen = [(path, Channels()) for path in paths]
+    # The first consumer's input has the norm's numbers, whatever reshapes lie in between.
+    _run(module, data, {(path.consumers[0].name, 0): stats for path, stats in seen}, {})
+    return seen
+
+
+def _fold_norm(module: nn.Module, path: NormPath, seen: Channels) -> None:
+    weights = [module.get_parameter(op.sources[1].parameter) for op in path.consumers]
+    shift = seen.centre if path.shift else torch.zeros_like(seen.low)
+    energy = (seen.energy - 2 * shift * seen.total) / seen.count + shift.square()
+    peak = seen.half_range if path.shift else seen.peak
+    fold_norm(module, path, channel_scale(peak, energy, torch.cat(weights)), shift)
+
+
+def _measure_heads(
+    module: nn.Module,
+    data: Sequence[Batch],
+    scores: Sequence[ScorePath],
+    values: Sequence[ValuePath],
+) -> dict[tuple[str, int | None], Heads]:
+    inputs: dict[tuple[str, int], Heads] = {}
+    for path in scores:
+        inputs[path.product.name, 0] = Heads()
+        inputs[path.product.name, 1] = Heads(transposed=True)
+    for path in values:
+        inputs[path.product.name, 1] = Heads()
+    outputs = {path.product.name: Heads() for path in values}
+    _run(module, data, inputs, outputs)
+    return {**inputs, **{(name, None): stats for name, stats in outputs.items()}}
+
+
+def _balance_scores(module: nn.Module, path: ScorePath, measured: dict) -> None:
+    queries = measured[path.product.name, 0]
+    keys = measured[path.product.name, 1]
+    to_queries, to_keys = balance(queries.covariance(False), keys.covariance(path.shift))
+    transform_rows(module, path.queries, to_queries)
+    transform_rows(module, path.keys, to_keys, keys.mean if path.shift else None)
+
+
+def _balance_values(module: nn.Module, path: ValuePath, measured: dict) -> None:
+    values, mixed = measured[path.product.name, 1], measured[path.product.name, None]
+    weight = module.get_parameter(path.projection.sources[1].parameter).double()
+    part = weight[:, path.columns.to(weight.device)]
+    gram = torch.einsum("ohd,ohe->hde", part, part)
+    to_values, to_projection = balance(mixed.covariance(path.shift), gram)
+    shift = values.mean if path.shift else None
+    transform_rows(module, path.values, to_values, shift)
+    transform_columns(module, path.projection, path.columns, to_projection, shift)

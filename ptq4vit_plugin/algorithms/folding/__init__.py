@@ -1,0 +1,1 @@
+"""Exact changes of a float model's parameters that make its activations easier to quantize."""

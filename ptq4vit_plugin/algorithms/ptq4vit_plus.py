@@ -1,0 +1,73 @@
+"""PTQ4ViT plus: folds, zero points, row-wise softmax and closed-form compensation; plain int8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nncf.common.graph.graph import NNCFGraph
+from pydantic import BaseModel, ConfigDict, Field
+
+from ptq4vit_plugin.algorithms.compensate import Compensate
+from ptq4vit_plugin.algorithms.fold_norms import FoldNorms
+from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
+from ptq4vit_plugin.algorithms.settings import Activations, Twin
+from ptq4vit_plugin.errors import DataError
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+
+
+class Fold(BaseModel):
+    """Exact folds before the search; the fields of `FoldNorms`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    norms: bool = Field(default=True, description="fold scales and shifts of norms into linears")
+    attention: bool = Field(
+        default=True, description="balance queries with keys and values with the projection"
+    )
+
+
+class Repair(BaseModel):
+    """Closed-form compensation after the search; the fields of `Compensate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: bool = Field(default=True, description="ridge regression on the quantized inputs")
+    rounding: bool = Field(default=True, description="error-compensating rounding")
+    bias: bool = Field(default=True, description="biases absorb the mean output error")
+
+
+class PTQ4ViTPlus(ScaleSearch):
+    """The Hessian-guided search between exact folds and closed-form compensation.
+
+    Same steps as the config ``[fold_norms, ptq4vit with these quantizers, compensate]``. Every
+    operand is one uniform integer tensor: no twin quantizers, so every product is a single integer
+    product.
+    """
+
+    activations: Activations = Activations(quantizer="asymmetric")
+    twin: Twin = Twin(softmax="row_softmax", gelu="asymmetric")
+    gradient: Gradient = Gradient()
+    fold: Fold = Fold()
+    compensate: Repair = Repair()
+
+    def apply(
+        self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
+    ) -> Any:
+        """Fold, search and compensate in place; return the model. Raises as the three steps do."""
+        module = hooks.unwrap(model)
+        source = self._dataset if dataset is None else dataset
+        if source is None:
+            raise DataError("PTQ4ViTPlus needs calibration images: PTQ4ViTPlus(dataset, ...)")
+        data = batches(source)
+        prepare(module, data[0].to(module))
+        if self.fold.norms or self.fold.attention:
+            FoldNorms(**dict(self.fold)).fold(module, data)
+        graph = hooks.trace(module, data[0].to(module).example)
+        super().apply(model, graph, dataset=data)
+        if self.compensate.weights or self.compensate.rounding or self.compensate.bias:
+            gradient = self.gradient if self.metric == "hessian" else None
+            Compensate(**dict(self.compensate), gradient=gradient).compensate(module, data)
+        return model

@@ -1,0 +1,252 @@
+"""Export: write a quantized model for a runtime, and prove that the runtime computes the same."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ptq4vit_plugin import registry
+from ptq4vit_plugin.errors import ConfigError, ExportError, ModelError, PTQ4ViTError
+from ptq4vit_plugin.evaluation import logit_sqnr
+from ptq4vit_plugin.integrations.device import has_int8_dot
+from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
+
+RANDOM_IMAGES = 8
+
+
+class Exporter(ABC):
+    """A format, registered in the entry-point group ``ptq4vit_plugin.exporters``.
+
+    The constructor's parameters are the format's options.
+
+    Attributes
+    ----------
+    suffix
+        Of the file that `write` writes, with its dot.
+    """
+
+    suffix: str
+
+    @abstractmethod
+    def write(self, model: nn.Module, path: Path, example: Tensor) -> dict[str, Any]:
+        """Write a quantized model to ``path``, and further files beside it if there are any.
+
+        Parameters
+        ----------
+        example
+            A batch of images.
+
+        Returns
+        -------
+        dict
+            What is worth knowing about the result, as JSON; `export` reports it.
+        """
+
+    @abstractmethod
+    def read(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """What was written, loaded fresh, as its runtime runs it by default in float32.
+
+        Returns
+        -------
+        callable
+            Images ``[B, C, H, W]`` to logits ``[B, classes]``.
+
+        Raises
+        ------
+        CheckpointError
+            The file is not what `write` wrote.
+        """
+
+    @abstractmethod
+    def preprocessing(self, path: Path) -> Preprocessing:
+        """What the images of a written model need, and the names of its classes.
+
+        Raises
+        ------
+        CheckpointError
+            As `read`.
+        """
+
+    def read_in_float(self, path: Path) -> Callable[[Tensor], Tensor] | None:
+        """As `read`, with quantizers in float arithmetic; None where the runtime has no such mode.
+
+        8-bit kernels for CPUs without VNNI add pairs of products in 16 bits, which saturate. This
+        mode shows what the file means whatever the machine.
+        """
+        return None
+
+
+class ExportReport(BaseModel):
+    """What was written, and how far it is from the simulated model.
+
+    Attributes
+    ----------
+    files
+        Bytes by file name.
+    ratio
+        Bytes of all files over those of the model's float32 parameters.
+    images
+        How many images were compared; ``random`` says that they were noise, because none were
+        given.
+    agreement
+        Images in percent for which the artefact and the simulated model choose the same class.
+    sqnr_db
+        Logit SQNR in dB of the artefact against the simulated model.
+    exact_sqnr_db
+        The same with the file's quantizers in float arithmetic, which shows what the file means
+        where this CPU's 8-bit kernels saturate; None where the runtime has no such mode.
+    facts
+        What the exporter says.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    format: str
+    files: dict[str, int]
+    ratio: float
+    images: int
+    random: bool
+    agreement: float
+    sqnr_db: float
+    exact_sqnr_db: float | None
+    facts: dict[str, Any]
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    format: str = "integer",
+    example_input: Any = None,
+    min_sqnr: float = 10.0,
+    **options: Any,
+) -> ExportReport:
+    """Write a quantized model for a runtime; what was written is loaded and compared first.
+
+    Nothing appears at ``path`` unless the comparison succeeds.
+
+    Parameters
+    ----------
+    model
+        What `quantize` or `load` returned.
+    path
+        File to write; a suffix is added when there is none.
+    format
+        A registered exporter: ``integer``, ``openvino`` or ``onnx``.
+    example_input
+        Images to compare on: a batch, an iterable of batches, or an ``nncf.Dataset``, such as the
+        calibration set. By default random noise of the model's input size.
+    min_sqnr
+        Logit SQNR in dB that the artefact must reach against the simulated model.
+    options
+        The exporter's own.
+
+    Raises
+    ------
+    ConfigError
+        Unknown options, or a wrong suffix.
+    ModelError
+        The model is not quantized by this plugin.
+    ExportError
+        The format cannot express the model, or the artefact computes something else.
+    """
+    family = registry.load("exporters", format)
+    try:
+        exporter = family(**options)
+    except TypeError as error:
+        allowed = ", ".join(registry.options("exporters", family)) or "none"
+        raise ConfigError(f"export: {error}; options of '{format}': {allowed}") from error
+    path = Path(path)
+    path = path.with_name(path.name + exporter.suffix) if not path.suffix else path
+    if path.suffix != exporter.suffix:
+        raise ConfigError(f"export: '{format}' writes '{exporter.suffix}' files, not '{path.name}'")
+    model = model.eval()
+    images = _images(model, example_input)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+            part = Path(folder) / path.name
+            facts = exporter.write(model, part, images[0])
+            agreement, sqnr = _compare(exporter.read(part), model, images)
+            in_float = exporter.read_in_float(part)
+            exact = None if in_float is None else _compare(in_float, model, images)[1]
+            # Without int8 dot products the runtime's own kernels say nothing about the file.
+            judged = sqnr if exact is None or has_int8_dot(torch.device("cpu")) else exact
+            if not judged >= min_sqnr:
+                raise ExportError(
+                    f"export: the {format} artefact is {judged:.1f} dB from the simulated model "
+                    f"({agreement:.1f} % the same class), below min_sqnr {min_sqnr:g} dB; nothing "
+                    "was written"
+                )
+            files = sorted(Path(folder).iterdir())
+            sizes = {file.name: file.stat().st_size for file in files}
+            for file in files:
+                shutil.move(file, path.parent / file.name)
+    except OSError as error:
+        raise PTQ4ViTError(f"output: cannot write '{path}': {error.strerror}") from error
+    return ExportReport(
+        format=format,
+        files=sizes,
+        ratio=sum(sizes.values()) / sum(4 * p.numel() for p in _parameters(model)),
+        images=sum(map(len, images)),
+        random=example_input is None,
+        agreement=agreement,
+        sqnr_db=sqnr,
+        exact_sqnr_db=exact,
+        facts=facts,
+    )
+
+
+def exporter_of(path: Path) -> Exporter:
+    """The exporter whose files have the suffix of a path.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    suffixes = {}
+    for entry in registry.entries("exporters"):
+        family = registry.load("exporters", entry.name)
+        if family.suffix == path.suffix:
+            return family()
+        suffixes[entry.name] = family.suffix
+    allowed = ", ".join(f"{suffix} ({name})" for name, suffix in suffixes.items())
+    raise ConfigError(f"'{path}' has no suffix of an exported model; allowed: {allowed}")
+
+
+def _images(model: nn.Module, example_input: Any) -> list[Tensor]:
+    if example_input is None:
+        size = preprocessing(model).input_size
+        noise = torch.randn(RANDOM_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+        return [noise]
+    found = batches([example_input] if isinstance(example_input, Tensor) else example_input)
+    if any(len(batch.args) != 1 or batch.kwargs for batch in found):
+        raise ModelError("export: only models of one input, the images, can be exported")
+    return [batch.args[0].cpu() for batch in found]
+
+
+@torch.inference_mode()
+def _compare(
+    artefact: Callable[[Tensor], Tensor], model: nn.Module, images: Sequence[Tensor]
+) -> tuple[float, float]:
+    device = next(model.parameters()).device
+    pairs = [(artefact(batch).float().cpu(), model(batch.to(device)).cpu()) for batch in images]
+    logits, reference = (torch.cat(side) for side in zip(*pairs, strict=True))
+    if logits.shape != reference.shape or not torch.isfinite(logits).all():
+        return 0.0, -math.inf
+    agreement = (logits.argmax(1) == reference.argmax(1)).double().mean().item()
+    return 100 * agreement, logit_sqnr(reference, logits)
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if "nncf_hooks" not in name]

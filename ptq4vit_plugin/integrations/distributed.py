@@ -1,0 +1,88 @@
+"""Calibrating with several processes: each takes a share of the images, all find the same scales.
+
+Everything is the identity, or the whole, when torch.distributed is not running.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ptq4vit_plugin.errors import DataError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that ``torchrun`` started, if it started several.
+
+    Each collective runs on the backend of its tensor's device: gloo on CPU, nccl on CUDA.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process; 0 writes and prints."""
+    return dist.get_rank() if _running() else 0
+
+
+def ranks() -> int:
+    """How many processes calibrate together."""
+    return dist.get_world_size() if _running() else 1
+
+
+def share(batches: Sequence[T]) -> Sequence[T]:
+    """This process's share of the calibration batches.
+
+    Raises
+    ------
+    DataError
+        There are fewer batches than processes.
+    """
+    if len(batches) < ranks():
+        raise DataError(
+            f"{len(batches)} calibration batches cannot be divided among {ranks()} processes; "
+            "set data.calibration.batch_size so that there is one batch for each at least"
+        )
+    return batches[rank() :: ranks()]
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum over all processes."""
+    return _reduced(x, dist.ReduceOp.SUM)
+
+
+def smallest(x: Tensor) -> Tensor:
+    """Elementwise minimum over all processes."""
+    return _reduced(x, dist.ReduceOp.MIN)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Elementwise maximum over all processes."""
+    return _reduced(x, dist.ReduceOp.MAX)
+
+
+def _reduced(x: Tensor, how: dist.ReduceOp) -> Tensor:
+    if not _running():
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, how)
+    return x
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()

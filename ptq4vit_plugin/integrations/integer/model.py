@@ -1,0 +1,113 @@
+"""A quantized model as one that computes with integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.integrations.integer.ops import (
+    FloatWeightOp,
+    Grids,
+    IntegerConv2d,
+    IntegerLinear,
+    IntegerMatmul,
+    IntegerOp,
+    WeightedOp,
+)
+from ptq4vit_plugin.integrations.lowering import QuantizedOp, factors, take_apart
+from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
+
+
+def integer_model(model: nn.Module) -> tuple[ReplacedOps, list[QuantizedOp]]:
+    """A copy of a quantized model whose quantized ops compute with codes, and these ops.
+
+    Raises
+    ------
+    ModelError
+        See `take_apart`; or a weight is quantized to a sum of grids, which has no int8 form.
+    """
+    taken, found = take_apart(model)
+    ops = {op.name: _integer_op(taken, op) for op in found}
+    for op in found:
+        if isinstance(ops[op.name], WeightedOp):
+            drop_weight(taken, op.parameter)
+    return ReplacedOps(taken, ops).eval(), found
+
+
+def drop_weight(model: nn.Module, name: str) -> None:
+    """Replace a parameter by a tensor of its shape that takes no memory and is not saved.
+
+    What uses it is computed by a module that has the codes.
+    """
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if attribute in owner._parameters:
+        shape = owner._parameters.pop(attribute).shape
+        owner.__dict__[attribute] = torch.zeros(()).expand(shape)
+
+
+@torch.inference_mode()
+def codes(model: nn.Module, images: Tensor) -> dict[str, dict[int, Tensor]]:
+    """The integers that enter every quantized op.
+
+    Parameters
+    ----------
+    model
+        A quantized model, or an integer model that `load` returned.
+    images
+        A batch, as the model takes them.
+
+    Returns
+    -------
+    dict
+        By op name and input port: k-bit codes of activations in the model's own shape, one call
+        of the op. Softmax twins are uint8 with the range in the top bit, GELU twins int8 whose
+        sign is the range. Weights are in the checkpoint.
+    """
+    if not isinstance(model, ReplacedOps):
+        model, _ = integer_model(model)
+    seen: dict[str, dict[int, Tensor]] = {}
+    with _watched(model, lambda name, op, a, b: seen.update({name: op.input_codes(a, b)})):
+        model(images)
+    return seen
+
+
+@contextmanager
+def _watched(
+    model: ReplacedOps, see: Callable[[str, IntegerOp, Tensor, Tensor], None]
+) -> Iterator[None]:
+    def hook(name: str) -> Callable[[IntegerOp, Any], None]:
+        def on_call(op: IntegerOp, call: Any) -> None:
+            see(name, op, *factors(*call)[:2])
+
+        return on_call
+
+    handles = [
+        op.register_forward_pre_hook(hook(name))
+        for name, op in model.named_ops().items()
+        if isinstance(op, IntegerOp)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _integer_op(model: nn.Module, op: QuantizedOp) -> IntegerOp:
+    left, right = (Grids(op.grids[port]) if port in op.grids else None for port in (0, 1))
+    if op.kind == "matmul":
+        return IntegerMatmul(left, right)
+    if right is None:
+        return FloatWeightOp(left)
+    branches = op.grids[1]
+    if len(branches) > 1 or branches[0].highest > 127:
+        raise ModelError(f"{op.name}: a weight needs one grid of signed codes to be kept as int8")
+    weight = model.get_parameter(op.parameter).detach().float()
+    family = IntegerLinear if op.kind == "linear" else IntegerConv2d
+    return family(left, branches[0].codes(weight).to(torch.int8), branches[0].scale)

@@ -1,0 +1,66 @@
+"""Make a float model's products visible to NNCF, without changing what it computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.integrations.nncf.capture import Batch, run
+from ptq4vit_plugin.integrations.nncf.decompose import (
+    decompose,
+    is_decomposed,
+    needs_decomposing,
+)
+from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+
+
+def prepare(model: nn.Module, batch: Batch) -> list[str]:
+    """Turn off timm's fused attention and take apart the calls that hide products.
+
+    A model for which this was done before stays as it is.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode; changed in place.
+    batch
+        Images to run it on once, to see what it calls.
+
+    Returns
+    -------
+    list of str
+        Names of the attention modules whose ``fused_attn`` switch was turned off.
+
+    Raises
+    ------
+    DataError
+        The model cannot take the images.
+    """
+    switched = unfuse_attention(model)
+    if not is_decomposed(model) and needs_decomposing(model, lambda: run(model, batch)):
+        decompose(model)
+    return switched
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s or a data-parallel wrapper, or the model itself.
+
+    Raises
+    ------
+    ModelError
+        It is a scripted or traced model, whose calls Python does not see.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: {type(model).__name__} is not a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"model: {type(model).__name__} is a TorchScript model, in which ops cannot be hooked; "
+            "give the torch.nn.Module it was made from"
+        )
+    if isinstance(model, OptimizedModule):
+        return bare(model._orig_mod)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return bare(model.module)
+    return model

@@ -1,0 +1,130 @@
+"""ONNX: standard QuantizeLinear and DequantizeLinear, int8 weights, no custom op."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ptq4vit_plugin.errors import CheckpointError, ExportError
+from ptq4vit_plugin.exporting import Exporter
+from ptq4vit_plugin.integrations.qdq import qdq_model
+from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
+from ptq4vit_plugin.sealing import BLANK, check_seal, seal
+
+try:
+    import onnx
+    import onnxruntime
+    from onnx import numpy_helper
+except ImportError as missing:
+    raise ExportError(
+        f"format 'onnx' needs {missing.name}: pip install 'ptq4vit-plugin[onnx]'"
+    ) from missing
+
+OPSET = 17
+KEYS = ("ptq4vit_seal", "ptq4vit_preprocessing")
+
+
+class ONNXExporter(Exporter):
+    """One ``.onnx`` file of opset 17 with a dynamic batch; each twin is two QDQ branches."""
+
+    suffix = ".onnx"
+
+    def write(self, model: nn.Module, path: Path, example: Tensor) -> dict[str, Any]:
+        """Write and check the file; returns the opset and how many products are quantized."""
+        lowered, found = qdq_model(model, per_tensor=True)
+        with warnings.catch_warnings(), torch.no_grad():
+            # The tracer's remarks on Python numbers in a model whose shapes are fixed.
+            warnings.simplefilter("ignore")
+            try:
+                torch.onnx.export(
+                    lowered,
+                    (example.cpu(),),
+                    path,
+                    dynamo=False,
+                    opset_version=OPSET,
+                    input_names=["images"],
+                    output_names=["logits"],
+                    dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+                )
+            except torch.onnx.errors.OnnxExporterError as error:
+                detail = " ".join(str(error).split())[:300]
+                raise ExportError(
+                    f"export: torch cannot write this model as ONNX: {detail}"
+                ) from error
+        made = onnx.load(path)
+        _keep_weights_as_codes(made.graph)
+        for key, value in zip(KEYS, (BLANK, preprocessing(model).model_dump_json()), strict=True):
+            made.metadata_props.add(key=key, value=value)
+        onnx.checker.check_model(made, full_check=True)
+        onnx.save(made, path)
+        seal(path)
+        names = [op.name for op in found if op.integer]
+        return {
+            "opset": OPSET,
+            "integer_ops": len(names),
+            "float_ops": [op.name for op in found if not op.integer],
+        }
+
+    def read(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Run the file in ONNX Runtime on the CPU."""
+        return _runner(path, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+
+    def read_in_float(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Run every node by itself, so that no product is fused with its quantizers."""
+        return _runner(path, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+
+    def preprocessing(self, path: Path) -> Preprocessing:
+        """From the file's metadata."""
+        check_seal(path)
+        properties = {p.key: p.value for p in onnx.load(path).metadata_props}
+        return Preprocessing.model_validate_json(properties[KEYS[1]])
+
+
+def _runner(path: Path, level: onnxruntime.GraphOptimizationLevel) -> Callable[[Tensor], Tensor]:
+    check_seal(path)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own exceptions have no common base
+        raise CheckpointError(f"'{path}': ONNX Runtime cannot read it: {error}") from error
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _keep_weights_as_codes(graph: onnx.GraphProto) -> None:
+    """Replace each float constant that is quantized by its int8 codes.
+
+    The exporter writes ``constant -> QuantizeLinear -> DequantizeLinear``.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = {node.output[0]: node for node in graph.node}
+
+    def value(name: str) -> np.ndarray | None:
+        if name in constants:
+            return numpy_helper.to_array(constants[name])
+        node = nodes.get(name)
+        if node is not None and node.op_type == "Constant":
+            return numpy_helper.to_array(node.attribute[0].t)
+        return None
+
+    for node in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        weight, scale, zero = (value(name) for name in node.input)
+        if weight is None or scale is None:
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        if scale.size > 1:
+            scale = scale.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
+        codes = np.clip(np.rint(weight / scale), -128, 127).astype(np.int8)
+        graph.initializer.append(numpy_helper.from_array(codes, node.output[0]))
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)

@@ -1,0 +1,135 @@
+"""OpenVINO IR: every branch a FakeQuantize of 256 levels, int8 weights, precisions read back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4vit_plugin.errors import CheckpointError, ExportError
+from ptq4vit_plugin.exporting import Exporter
+from ptq4vit_plugin.integrations.lowering import QuantizedOp
+from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
+from ptq4vit_plugin.integrations.qdq import qdq_model
+from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
+from ptq4vit_plugin.sealing import BLANK, check_seal, seal
+
+try:
+    import openvino
+except ImportError as missing:
+    raise ExportError(
+        f"format 'openvino' needs {missing.name}: pip install 'ptq4vit-plugin[openvino]'"
+    ) from missing
+
+# In float32 and without dynamic quantization, which would make float products look like int8 ones.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
+SECTION = "ptq4vit"
+
+
+class OpenVINOExporter(Exporter):
+    """An ``.xml`` and a ``.bin`` file with a dynamic batch.
+
+    Parameters
+    ----------
+    allow_float
+        Write the model even if the runtime computes a product in float whose operands are
+        quantized.
+    """
+
+    suffix = ".xml"
+
+    def __init__(self, allow_float: bool = False) -> None:
+        self.allow_float = allow_float
+
+    def write(self, model: nn.Module, path: Path, example: Tensor) -> dict[str, Any]:
+        """Write both files; returns how many products run as integers, and which do not.
+
+        Raises
+        ------
+        ExportError
+            A product whose operands are quantized runs in float.
+        """
+        lowered, found = qdq_model(model)
+        example = example.cpu()
+        with warnings.catch_warnings(), torch.no_grad():
+            # The tracer's remarks on Python numbers in a model whose shapes are fixed.
+            warnings.simplefilter("ignore")
+            logging.getLogger("openvino").setLevel(logging.ERROR)
+            made = openvino.convert_model(lowered, example_input=example)
+        made.reshape([-1, *example.shape[1:]])
+        made.inputs[0].get_tensor().set_names({"images"})
+        made.outputs[0].get_tensor().set_names({"logits"})
+        made.set_rt_info(BLANK, [SECTION, "seal"])
+        made.set_rt_info(preprocessing(model).model_dump_json(), [SECTION, "preprocessing"])
+        facts = _precisions(made, found)
+        if facts["float_products"] and not self.allow_float:
+            raise ExportError(
+                f"export: OpenVINO runs {', '.join(facts['float_products'])} in float; set "
+                "allow_float: true to write the model all the same, or leave the op out with "
+                "ignored_scopes"
+            )
+        openvino.save_model(made, path, compress_to_fp16=False)
+        seal(path, [path.with_suffix(".bin")])
+        return facts
+
+    def read(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Run the files in OpenVINO on the CPU, what is not quantized in float32."""
+        return _runner(path, EXACT)
+
+    def read_in_float(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Run the files without OpenVINO's low-precision transformations."""
+        return _runner(path, {**EXACT, "LP_TRANSFORMS_MODE": "NO"})
+
+    def preprocessing(self, path: Path) -> Preprocessing:
+        """From the rt_info of the IR."""
+        info = _read(path).get_rt_info([SECTION, "preprocessing"])
+        return Preprocessing.model_validate_json(info.astype(str))
+
+
+def _read(path: Path) -> openvino.Model:
+    check_seal(path, [path.with_suffix(".bin")])
+    try:
+        return openvino.Core().read_model(path)
+    except RuntimeError as error:
+        raise CheckpointError(f"'{path}': OpenVINO cannot read it: {error}") from error
+
+
+def _runner(path: Path, settings: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    threads = {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
+    compiled = openvino.Core().compile_model(_read(path), "CPU", {**settings, **threads})
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
+def _precisions(model: openvino.Model, ops: Sequence[QuantizedOp]) -> dict[str, Any]:
+    """What the runtime really computes in integers, from its own compiled graph.
+
+    Its nodes carry the names of the model's nodes, and these the names of the ops' modules, except
+    where it fused a product into one without a name.
+    """
+    planned = {ReplacedOps.key(op.name): op.name for op in ops if op.integer}
+    compiled = openvino.Core().compile_model(model, "CPU", EXACT)
+    integer, floating = 0, []
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        if info["layerType"].astype(str) not in PRODUCTS:
+            continue
+        names = info["originalLayersNames"].astype(str)
+        # A float product of int8 weights calls itself i8 as well; its kernel's name does not.
+        kernel = info["primitiveType"].astype(str).lower()
+        if info["runtimePrecision"].astype(str) in ("i8", "u8") and kernel.endswith("8"):
+            integer += 1
+            continue
+        matching = [name for key, name in planned.items() if f".{key}/" in names]
+        if matching or "__module.model." not in names:
+            floating.append(matching[0] if matching else names)
+    return {
+        "integer_products": integer,
+        "planned_products": sum(len(op.grids[0]) * len(op.grids[1]) for op in ops if op.integer),
+        "float_products": floating,
+    }

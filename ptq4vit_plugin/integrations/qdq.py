@@ -1,0 +1,180 @@
+"""A quantized model in the words of other runtimes: plain fake-quantize ops of 256 levels.
+
+Runtimes take a product of two operands to be one of int8 only when each is quantized to exactly
+256 levels, and when nothing is summed between quantizer and product. So every
+grid becomes one such fake-quantize, grids with fewer levels are clamped first, and a twin operand
+is distributed: two products are added, each with its own range.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4vit_plugin.integrations.lowering import QuantizedOp, factors, take_apart
+from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
+from ptq4vit_plugin.quantizers.branches import Branch, row_peak
+
+SIGNED, UNSIGNED = (-128, 127), (0, 255)
+
+
+def qdq_model(model: nn.Module, per_tensor: bool = False) -> tuple[ReplacedOps, list[QuantizedOp]]:
+    """A copy, on the CPU, of a quantized model made of torch's own fake-quantize functions.
+
+    Its ops are returned with it.
+
+    Parameters
+    ----------
+    per_tensor
+        The runtime multiplies activations in integers only if they have one scale. Scales per head
+        are then divided out before the quantizer and multiplied in after the product.
+
+    Raises
+    ------
+    ModelError
+        See `take_apart`.
+    """
+    taken, found = take_apart(copy.deepcopy(model).cpu())
+    return ReplacedOps(taken, {op.name: QDQOp(op, per_tensor) for op in found}).eval(), found
+
+
+class QDQGrid(nn.Module):
+    """One branch of an operand, as a fake-quantize of 256 levels.
+
+    Parameters
+    ----------
+    branch
+        Scales vary along one dimension at most.
+    signed
+        Whether the runtime's kernel wants signed codes here even for numbers that are never
+        negative.
+    constant
+        The operand is a weight, whose values are levels already: nothing to clamp.
+    per_tensor
+        Divide by scales that vary and quantize to whole numbers; `factor` are the scales then,
+        else None.
+    """
+
+    def __init__(self, branch: Branch, signed: bool, constant: bool, per_tensor: bool) -> None:
+        super().__init__()
+        self.side = branch.side
+        self.range = SIGNED if signed or branch.lowest < 0 else UNSIGNED
+        self.per_row = branch.per_row
+        # Codes less their zero point that fit no int8: the runtime gets the zero point itself.
+        shifted = branch.lowest < 0 and (branch.lowest < SIGNED[0] or branch.highest > SIGNED[1])
+        zero = -branch.lowest if shifted else 0
+        if shifted:
+            self.range = UNSIGNED
+        scale = branch.scale.detach()
+        outside = per_tensor and not constant and scale.numel() > 1
+        self.factor = scale if outside else None
+        self.inverse = 1 / scale if outside else None
+        if outside:
+            scale = torch.ones(1)
+        self.axis = max(range(scale.dim()), key=lambda d: scale.shape[d])
+        self.zero = torch.full((scale.numel(),), zero, dtype=torch.int32)
+        self.zero_point = zero
+        self.scale = _number(scale)
+        self.split = None if branch.split is None else _number(branch.split)
+        lowest, highest = (end - zero for end in self.range)
+        clamps_low = not constant and branch.lowest > lowest
+        clamps_high = not constant and branch.highest < highest and not branch.bounded
+        self.low = _number(branch.lowest * scale) if clamps_low else None
+        self.high = _number(branch.highest * scale) if clamps_high else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Numbers rounded to the branch's levels, 0 on the split's other side, over a factor that
+        is returned with them."""
+        factor = self.factor
+        if self.per_row:
+            peak = row_peak(x)
+            x = x / peak
+            factor = peak if factor is None else peak * factor
+        if self.split is not None:
+            high = x * (x > self.split).to(x.dtype)
+            x = high if self.side == "high" else x - high
+        if self.inverse is not None:
+            x = x * self.inverse
+        if self.low is not None:
+            x = _clamp(x, self.low, "min")
+        if self.high is not None:
+            x = _clamp(x, self.high, "max")
+        if isinstance(self.scale, float):
+            x = torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *self.range)
+            return x, factor
+        scale = self.scale.flatten()
+        x = torch.fake_quantize_per_channel_affine(x, scale, self.zero, self.axis, *self.range)
+        return x, factor
+
+
+class QDQOp(nn.Module):
+    """An op on fake-quantized operands, a product per pair of branches.
+
+    Parameters
+    ----------
+    op
+        Which of the operands are quantized, and how.
+    """
+
+    def __init__(self, op: QuantizedOp, per_tensor: bool) -> None:
+        super().__init__()
+        self.kind = op.kind
+        weight = op.parameter is not None
+        self.left = _grids(op.grids.get(0), False, False, per_tensor)
+        self.right = _grids(op.grids.get(1), True, weight, per_tensor)
+
+    def forward(
+        self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Run the function that is replaced on every pair; the bias is added once."""
+        left, right, rest, named = factors(function, args, kwargs)
+        lefts, rights = _parts(self.left, left), _parts(self.right, right)
+        call = torch.matmul if self.kind == "matmul" else function
+        out = None
+        for a, a_factor in lefts:
+            for b, b_factor in rights:
+                part = call(a, b, *rest, **named)
+                if a_factor is not None or b_factor is not None:
+                    part = part * _product(a_factor, b_factor)
+                out = part if out is None else out + part
+                rest, named = _without_bias(self.kind, rest, named)
+        return out
+
+
+def _grids(
+    branches: list[Branch] | None, signed: bool, constant: bool, per_tensor: bool
+) -> nn.ModuleList | None:
+    if branches is None:
+        return None
+    return nn.ModuleList(QDQGrid(branch, signed, constant, per_tensor) for branch in branches)
+
+
+def _parts(grids: nn.ModuleList | None, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+    return [(x, None)] if grids is None else [grid(x) for grid in grids]
+
+
+def _product(first: Tensor | None, second: Tensor | None) -> Tensor:
+    return second if first is None else first if second is None else first * second
+
+
+def _number(value: Tensor) -> Tensor | float:
+    """One number as a Python number, so that a trace has it as a constant."""
+    return float(value) if value.numel() == 1 else value
+
+
+def _clamp(x: Tensor, limit: Tensor | float, side: str) -> Tensor:
+    if isinstance(limit, float):
+        return torch.clamp(x, **{side: limit})
+    return torch.maximum(x, limit) if side == "min" else torch.minimum(x, limit)
+
+
+def _without_bias(
+    kind: str, rest: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if kind == "matmul":
+        return rest, named
+    return (None, *rest[1:]), {name: value for name, value in named.items() if name != "bias"}

@@ -1,0 +1,57 @@
+"""What happens during a run, one event at a time, through Python's logging.
+
+Programs that want to follow a run attach a handler to the logger ``ptq4vit_plugin.events``; each
+record's message is the event's name, its ``fields`` are JSON values. `json_lines` is such a
+handler.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any, TextIO
+
+_LOG = logging.getLogger("ptq4vit_plugin.events")
+
+
+def event(name: str, /, **fields: Any) -> None:
+    """Tell whoever listens that something has happened."""
+    _LOG.info(name, extra={"fields": fields})
+
+
+@contextmanager
+def json_lines(stream: TextIO) -> Iterator[None]:
+    """Write one JSON object per event and line while the context lasts: ``event``, ``time`` (UTC,
+    ISO 8601) and the event's fields.
+
+    What NNCF logs goes to standard error meanwhile; it would go to standard output.
+    """
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_JSONFormatter())
+    level, propagate = _LOG.level, _LOG.propagate
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False
+    others = [h for h in logging.getLogger("nncf").handlers if hasattr(h, "setStream")]
+    streams = [other.setStream(sys.stderr) for other in others]
+    try:
+        yield
+    finally:
+        for other, before in zip(others, streams, strict=True):
+            if before is not None:  # None: it was standard error already
+                other.setStream(before)
+        _LOG.removeHandler(handler)
+        _LOG.setLevel(level)
+        _LOG.propagate = propagate
+
+
+class _JSONFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
+        return json.dumps(
+            {"event": record.getMessage(), "time": time, **getattr(record, "fields", {})}
+        )

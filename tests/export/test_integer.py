@@ -1,0 +1,250 @@
+"""The integer model computes what the simulation computes, in integers, and its file is whole."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin.errors import CheckpointError, ExportError, PTQ4ViTError
+from ptq4vit_plugin.evaluation import logit_sqnr
+from ptq4vit_plugin.integrations.integer import product
+from ptq4vit_plugin.integrations.integer.checkpoint import pack, unpack
+from ptq4vit_plugin.integrations.integer.model import codes, integer_model
+from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.quantizers.branches import Branch, branches_of, packed_codes
+from ptq4vit_plugin.quantizers.twin_gelu import TwinGELUQuantizer
+from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmaxQuantizer
+
+CASES = [("vit", 8), ("vit", 6), ("vit", 4), ("swin", 8), ("swin", 4)]
+
+
+def simulated_calls(model, x):
+    """What every quantizer of a simulated model got and gave: {(op or parameter, port): ...}."""
+    seen, handles = {}, []
+    for hook in hooks.hooks(model):
+        key = (hook.op, hook.port if hook.when == "pre" else None)
+        handles.append(
+            hook.module.register_forward_hook(
+                lambda module, args, out, key=key: seen.update({key: (module, args[0], out)})
+            )
+        )
+    outputs = {}
+    names = [op.name for op in ptq.describe(model)]
+    watched = {name: lambda y, name=name: outputs.setdefault(name, y) for name in names}
+    with torch.no_grad(), hooks.watching(model, {}, watched):
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return seen, outputs
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("family", ["softmax", "gelu"])
+def test_branches_add_up_to_the_twin(family, bits):
+    generator = torch.Generator().manual_seed(bits)
+    if family == "softmax":
+        quantizer = TwinSoftmaxQuantizer(bits, torch.tensor([0, 3, 7, 12]).view(1, 4, 1, 1))
+        x = torch.randn(2, 4, 9, 9, generator=generator).mul_(4).softmax(-1)
+    else:
+        quantizer = TwinGELUQuantizer(bits, torch.tensor([0.17 / 2 ** (bits - 1)]), torch.rand(1))
+        x = F.gelu(torch.randn(50, 30, generator=generator) * 3)
+    branches = branches_of(quantizer)
+    assert torch.equal(sum(b.codes(x) * b.scale for b in branches), quantizer(x))
+    assert torch.equal(packed_codes(branches, x), quantizer.to_codes(x))
+
+
+@pytest.mark.parametrize(("family", "bits"), CASES)
+def test_every_op_on_the_simulations_inputs(family, bits, quantized, batch):
+    model, x = quantized(family, bits), batch(family, 4, seed=1)
+    seen, outputs = simulated_calls(model, x)
+    made, found = integer_model(model)
+    assert {op.name for op in found} == set(outputs)
+    total = different = 0
+    for op in found:
+        module = made.named_ops()[op.name]
+        left = seen[op.name, 0][1]
+        right = seen[op.name, 1][1] if op.kind == "matmul" else torch.empty(0)
+        for port, ours in module.input_codes(left, right).items():
+            quantizer, value, out = seen[op.name, port]
+            if hasattr(quantizer, "to_codes"):
+                theirs = quantizer.to_codes(value)
+            else:
+                theirs = (out / (quantizer.scale / quantizer.level_high)).round()
+            unequal = ours != theirs
+            total, different = total + ours.numel(), different + int(unequal.sum())
+            if unequal.any():  # only where the number lies half way between two levels
+                step = quantizer.scale / quantizer.level_high
+                position = (value.double() / step)[unequal]
+                assert ((position - position.floor() - 0.5).abs() < 1e-4).all()
+    assert different <= 1e-4 * total
+
+
+@pytest.mark.parametrize(("family", "bits"), CASES)
+def test_whole_model_is_close_to_the_simulation(family, bits, quantized, batch, tmp_path):
+    model, x = quantized(family, bits), batch(family, 16, seed=2)
+    report = ptq.export(model, tmp_path / "model.safetensors", example_input=x)
+    loaded = ptq.load(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        sqnr = logit_sqnr(model(x), loaded(x))
+        assert torch.equal(loaded(x), integer_model(model)[0](x))
+    assert report.sqnr_db == pytest.approx(sqnr, abs=0.2) and sqnr > 25
+    assert report.facts["float_ops"] == []
+    assert report.files == {"model.safetensors": (tmp_path / "model.safetensors").stat().st_size}
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+@pytest.mark.parametrize(("inner", "largest"), [(64, 128), (1040, 128), (3072, 255), (5000, 128)])
+def test_products_are_those_of_int64(inner, largest, hardware, monkeypatch):
+    monkeypatch.setattr(product, "has_int8_dot", lambda device: hardware)
+    generator = torch.Generator().manual_seed(inner)
+    weight = torch.randint(-128, 128, (12, inner), generator=generator, dtype=torch.int8)
+    weight[0], weight[1] = -128, 127
+    lowest = 0 if largest > 128 else -128
+    x = torch.randint(lowest, largest, (7, inner), generator=generator).float()
+    x[0], x[1] = lowest, largest - (largest == 128)
+    out = product.WeightProduct(weight, largest)(x)
+    assert torch.equal(out.long(), x.long() @ weight.long().t())
+
+
+@pytest.mark.parametrize("inner", [197, 2000])
+def test_batched_products_are_those_of_int64(inner):
+    left = torch.full((2, 3, 5, inner), 255.0)
+    right = torch.full((2, 3, inner, 4), -128.0)
+    out = product.batched_product(left, right, 255 * 128)
+    assert torch.equal(out.long(), left.long() @ right.long())
+
+
+def test_power_of_two_scales_accumulate_by_shifting():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (6, 40), generator=generator, dtype=torch.int8)
+    grids = Grids([Branch(torch.tensor([0.01]), -128, 0), Branch(torch.tensor([0.01]) * 8, 0, 127)])
+    assert grids.shift() == 3
+    op = IntegerLinear(grids, weight, torch.rand(6, 1, generator=generator))
+    x = F.gelu(torch.randn(9, 40, generator=generator) * 3)
+    negative, positive = (branch.codes(x).long() for branch in grids.branches)
+    accumulated = (negative + 8 * positive) @ weight.long().t()
+    expected = accumulated.float() * (torch.tensor([0.01]) * op.scale)
+    assert torch.equal(op(F.linear, (x, torch.empty(0)), {}), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(stride=4),
+        dict(stride=2, padding=1),
+        dict(padding="same", dilation=2),
+        dict(stride=(2, 1), padding=(1, 0), groups=2),
+    ],
+)
+def test_convolution_is_torchs(call):
+    generator = torch.Generator().manual_seed(0)
+    channels = 4 // call.get("groups", 1)
+    codes = torch.randint(-128, 128, (6, channels, 3, 3), generator=generator, dtype=torch.int8)
+    x = torch.randint(-128, 128, (2, 4, 9, 8), generator=generator).float()
+    bias = torch.randn(6, generator=generator)
+    op = IntegerConv2d(Grids([Branch(torch.ones(1), -128, 127)]), codes, torch.full((6,), 0.5))
+    out = op(F.conv2d, (x, torch.empty(0), bias), call)
+    expected = F.conv2d(x.double(), codes.double() / 2, bias.double(), **call).float()
+    assert torch.equal(out, expected)
+
+
+def test_codes_of_a_simulated_model_and_of_a_loaded_one(quantized, batch, tmp_path):
+    model, x = quantized("vit", 8), batch("vit", 2)
+    ptq.export(model, tmp_path / "m.safetensors", example_input=x)
+    loaded = codes(ptq.load(tmp_path / "m.safetensors"), x)
+    simulated = codes(model, x)
+    assert loaded.keys() == simulated.keys() == {op.name for op in ptq.describe(model)}
+    for name, ports in loaded.items():
+        assert all(torch.equal(value, simulated[name][port]) for port, value in ports.items())
+    twin = loaded["blocks/0/attn/matmul/1"][0]
+    assert twin.dtype == torch.uint8 and twin.max() >= 128  # the range bit
+    assert loaded["blocks/0/mlp/fc2/linear/0"][0].dtype == torch.int8
+
+
+@given(st.lists(st.integers(-8, 7), min_size=1, max_size=30))
+def test_packing_keeps_codes(values):
+    codes = torch.tensor(values, dtype=torch.int8)
+    packed = pack(codes)
+    assert packed.dtype == torch.uint8 and len(packed) == (len(values) + 1) // 2
+    assert torch.equal(unpack(packed, (len(values),)), codes)
+
+
+def test_sizes(quantized, batch, tmp_path):
+    x = batch("vit")
+    packed = ptq.export(quantized("vit", 4), tmp_path / "packed", example_input=x)
+    plain = ptq.export(quantized("vit", 4), tmp_path / "plain", example_input=x, packed=False)
+    weights = sum(p.numel() for p in quantized("vit", 4).parameters() if p.dim() > 1)
+    saved = sum(plain.files.values()) - sum(packed.files.values())
+    assert plain.ratio < 0.32 and saved > 0.45 * weights
+    assert torch.equal(
+        ptq.load(tmp_path / "packed.safetensors")(x), ptq.load(tmp_path / "plain.safetensors")(x)
+    )
+
+
+def test_smooth_quants_factors_stay(float_model, batch, tmp_path):
+    steps = [
+        "smooth_quant",
+        {"algorithm": "ptq4vit", "search_range": {"n": 10}, "rounds": 1},
+    ]
+    model = ptq.quantize(float_model("vit"), [batch("vit")], steps)
+    x = batch("vit", 4, seed=1)
+    report = ptq.export(model, tmp_path / "smooth", example_input=x)
+    assert report.sqnr_db > 25
+
+
+def test_a_file_that_was_changed_or_cut_is_refused(quantized, batch, tmp_path):
+    path = tmp_path / "model.safetensors"
+    ptq.export(quantized("vit", 8), path, example_input=batch("vit"))
+    content = path.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    spoiled = {
+        "cut": content[:-100],
+        "tensor": content[: header + 99]
+        + bytes([content[header + 99] ^ 1])
+        + content[header + 100 :],
+        "metadata": content.replace(b'\\"highest\\":127', b'\\"highest\\":126', 1),
+        "empty": b"",
+    }
+    for name, bytes_ in spoiled.items():
+        assert bytes_ != content
+        bad = tmp_path / f"{name}.safetensors"
+        bad.write_bytes(bytes_)
+        with pytest.raises(CheckpointError):
+            ptq.load(bad)
+    newer = tmp_path / "newer.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["ptq4vit_integer"] = json.dumps(
+        json.loads(metadata["ptq4vit_integer"]) | {"format_version": 9}
+    )
+    save_file(load_file(path), newer, metadata)
+    with pytest.raises(CheckpointError, match="version 9"):
+        ptq.load(newer)
+
+
+def test_export_that_is_not_close_enough_leaves_nothing(quantized, batch, tmp_path):
+    with pytest.raises(ExportError, match="min_sqnr"):
+        ptq.export(quantized("vit", 8), tmp_path / "m", example_input=batch("vit"), min_sqnr=500)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "intger"}, "did you mean 'integer'"),
+        ({"pakced": True}, "pakced"),
+        ({"path": "model.xml"}, "safetensors"),
+    ],
+)
+def test_wrong_arguments(arguments, message, quantized, tmp_path):
+    arguments = {"path": "model", **arguments}
+    arguments["path"] = tmp_path / arguments["path"]
+    with pytest.raises(PTQ4ViTError, match=message):
+        ptq.export(quantized("vit", 8), **arguments)

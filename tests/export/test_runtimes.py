@@ -1,0 +1,153 @@
+"""ONNX and OpenVINO files mean what the simulation computes, and run as integers."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin.errors import CheckpointError, ExportError
+from ptq4vit_plugin.evaluation import logit_sqnr
+from ptq4vit_plugin.exporting import exporter_of
+from ptq4vit_plugin.integrations.qdq import qdq_model
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+openvino = pytest.importorskip("openvino")
+
+FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
+
+
+@pytest.fixture(scope="module")
+def exported(quantized, batch, tmp_path_factory):
+    """`exported(format, family, bits)`: path and report; written once."""
+    made = {}
+
+    def get(format, family="vit", bits=8):
+        key = (format, family, bits)
+        if key not in made:
+            path = tmp_path_factory.mktemp(format) / f"model{FORMATS[format]}"
+            images = batch(family, 8, seed=1)
+            made[key] = path, ptq.export(quantized(family, bits), path, format, images)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize(("family", "bits"), [("vit", 8), ("vit", 3), ("swin", 6)])
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_plain_fake_quantize_is_the_simulation(family, bits, per_tensor, quantized, batch):
+    model, x = quantized(family, bits), batch(family, 8, seed=1)
+    lowered, _ = qdq_model(model, per_tensor)
+    with torch.no_grad():
+        assert logit_sqnr(model(x), lowered(x)) > 30
+
+
+@pytest.mark.parametrize(
+    ("format", "family", "bits"),
+    [("onnx", "vit", 8), ("onnx", "vit", 4), ("onnx", "swin", 8), ("openvino", "vit", 4)],
+)
+def test_file_means_what_the_simulation_computes(format, family, bits, exported, quantized, batch):
+    path, report = exported(format, family, bits)
+    assert report.exact_sqnr_db > 30
+    model, x = quantized(family, bits), batch(family, 3, seed=5)  # another batch size
+    run = exporter_of(path).read_in_float(path)
+    with torch.no_grad():
+        assert logit_sqnr(model(x), run(x)) > 30
+
+
+def test_onnx_is_standard_and_keeps_int8_weights(exported, quantized):
+    path, report = exported("onnx", "vit", 8)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert [entry.version for entry in model.opset_import] == [report.facts["opset"]] == [17]
+    large = [t for t in model.graph.initializer if np.prod(t.dims) >= 64 * 64]
+    assert len(large) == 9 and {t.data_type for t in large} == {onnx.TensorProto.INT8}
+    products = Counter(node.op_type for node in model.graph.node if node.op_type in ("MatMul",))
+    # Per block: q·k, two for attention·V, qkv, proj, fc1, two for fc2.
+    assert products["MatMul"] == 2 * 8
+
+
+def test_openvino_runs_every_planned_product_in_integers(exported):
+    path, report = exported("openvino", "vit", 4)
+    # The embedding, per block 8 products, the head.
+    assert report.facts["integer_products"] == report.facts["planned_products"] == 18
+    model = openvino.Core().read_model(path)
+    levels = {
+        op.get_attributes()["levels"]
+        for op in model.get_ops()
+        if op.get_type_name() == "FakeQuantize"
+    }
+    assert levels == {256}
+    assert model.inputs[0].partial_shape[0].is_dynamic
+    types = Counter(
+        op.get_element_type().get_type_name()
+        for op in model.get_ops()
+        if op.get_type_name() == "Constant" and np.prod(op.shape) >= 4096
+    )
+    assert types == {"i8": 9}
+
+
+def test_openvino_refuses_and_names_a_product_in_float(quantized, batch, tmp_path, monkeypatch):
+    """Weights are int8 here and activations float, which OpenVINO still reports as i8."""
+    from ptq4vit_plugin.integrations import openvino as exporter
+
+    def with_float_activations(model):
+        lowered, found = qdq_model(model)
+        grids = lowered.named_ops()["blocks/1/mlp/fc1/linear/0"].left
+        grids[0] = torch.nn.Identity()
+        grids[0].factor = None
+        return lowered, found
+
+    monkeypatch.setattr(exporter, "qdq_model", with_float_activations)
+    arguments = (quantized("vit", 4), tmp_path / "m.xml", "openvino", batch("vit", 2))
+    with pytest.raises(ExportError, match="blocks/1/mlp/fc1/linear/0 in float.*allow_float"):
+        ptq.export(*arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_preprocessing_travels(format, exported, quantized):
+    path, _ = exported(format, "vit", 4)
+    preprocessing = exporter_of(path).preprocessing(path)
+    assert preprocessing.input_size == (3, 32, 32)
+    assert preprocessing.mean == tuple(quantized("vit", 4).pretrained_cfg["mean"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_changed_and_foreign_files_are_refused(format, exported, tmp_path):
+    path, report = exported(format, "vit", 4)
+    for name in report.files:
+        content = (path.parent / name).read_bytes()
+        middle = len(content) // 2
+        edited = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for spoiled in (content[:-50], edited, b""):
+            for other in report.files:
+                (tmp_path / other).write_bytes((path.parent / other).read_bytes())
+            (tmp_path / name).write_bytes(spoiled)
+            with pytest.raises(CheckpointError):
+                exporter_of(path).read(tmp_path / path.name)
+
+
+def test_openvinos_own_conversion_and_nncfs_strip_take_our_models(quantized, batch):
+    import nncf
+
+    model, x = quantized("vit", 8), batch("vit", 4, seed=1)
+    with torch.no_grad():
+        made = openvino.convert_model(model, example_input=x)
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
+        out = torch.from_numpy(openvino.Core().compile_model(made, "CPU", settings)(x.numpy())[0])
+        assert logit_sqnr(model(x), out) > 30
+        pytest.importorskip("torchao")
+        stripped = nncf.strip(model, do_copy=True)
+        assert logit_sqnr(model(x), stripped(x)) > 30
+
+
+def test_torch_export_takes_the_lowered_model(quantized, batch):
+    model, x = quantized("vit", 8), batch("vit", 4, seed=1)
+    lowered, _ = qdq_model(model)
+    with torch.no_grad():
+        program = torch.export.export(lowered, (x,), strict=False)
+        assert torch.equal(program.module()(x), lowered(x))

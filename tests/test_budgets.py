@@ -1,0 +1,72 @@
+"""Mixed precision against trying everything; accuracy control against a known landscape."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ptq4vit_plugin.algorithms.accuracy import hold_drop, ranked_moves
+from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
+from ptq4vit_plugin.errors import ConfigError
+
+CHOICES = (4, 6, 8)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("average", [4, 5.5, 6, 8])
+def test_bits_against_trying_everything(seed, average):
+    random = np.random.default_rng(seed)
+    losses = random.random((6, 1)) * np.array([16, 1, 1 / 16]) * random.uniform(0.8, 1.2, (6, 3))
+    costs = random.integers(1, 50, 6)
+    chosen = choose_bits(losses, costs, CHOICES, average)
+    assert np.dot(costs, chosen) <= average * costs.sum() + 1e-6
+    best = min(
+        sum(losses[i, j] for i, j in enumerate(pick))
+        for pick in itertools.product(range(3), repeat=6)
+        if sum(c * CHOICES[j] for c, j in zip(costs, pick, strict=True)) <= average * costs.sum()
+    )
+    total = sum(losses[i, CHOICES.index(bits)] for i, bits in enumerate(chosen))
+    assert total == pytest.approx(best)
+
+
+def test_ops_without_cost_get_the_widest():
+    assert choose_bits([[3, 2, 1], [3, 2, 1]], [10, 0], CHOICES, 4) == [4, 8]
+
+
+def test_a_budget_below_the_smallest_choice():
+    with pytest.raises(ConfigError, match="average_bits"):
+        choose_bits([[1, 1, 1]], [1], CHOICES, 3)
+
+
+def test_moves_go_from_the_op_that_hurts_most_to_float():
+    moves = ranked_moves({"a": 100.0, "b": 1.0}, {"a": 4, "b": 6})
+    assert [(m.op, m.bits) for m in moves] == [
+        ("a", 6),
+        ("a", 8),
+        ("b", 8),
+        ("a", None),
+        ("b", None),
+    ]
+
+
+@pytest.mark.parametrize("needed", range(0, 11))
+def test_the_fewest_moves_that_hold(needed):
+    def drop_of(moves):
+        return max(0, needed - len(moves)) * 1.0
+
+    model, trials = hold_drop(tuple, drop_of, (), list(range(10)), 0.5)
+    assert len(model) == needed
+    assert trials[0].moves == 0 and any(t.moves == needed and t.drop <= 0.5 for t in trials)
+    assert len(trials) <= 10
+
+
+def test_what_is_returned_was_measured_even_if_more_bits_can_hurt():
+    drops = {0: 5, 1: 4, 2: 0.4, 3: 2, 4: 2, 5: 0.3, 6: 1, 7: 0.2, 8: 0}
+    measured = []
+
+    def drop_of(moves):
+        measured.append(tuple(moves))
+        return drops[len(moves)]
+
+    model, _ = hold_drop(tuple, drop_of, (), list(range(8)), 0.5)
+    assert drops[len(model)] <= 0.5 and model in measured

@@ -1,0 +1,149 @@
+"""Closed-form compensation against least squares, brute force and the textbook algorithm."""
+
+import itertools
+
+import pytest
+import torch
+
+from ptq4vit_plugin.algorithms.compensation.normal import Normal
+from ptq4vit_plugin.algorithms.compensation.ridge import held_out_ridge, ridge
+from ptq4vit_plugin.algorithms.compensation.rounding import (
+    compensated_rounding,
+    held_out_rounding,
+)
+from ptq4vit_plugin.algorithms.compensation.steps import RowGrid, best_grid
+
+
+@pytest.fixture
+def task():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 1
+    y = torch.randn(200, 3, generator=generator) + x[:, :3] * 2
+    weight = torch.rand(200, generator=generator)
+    return x, y, weight
+
+
+def test_sums_give_the_weighted_error_of_the_best_bias(task):
+    x, y, t = task
+    candidate = torch.randn(3, 6)
+    normal = Normal.of(x, y, t)
+    residual = (y - x @ candidate.T).double()
+    bias = (t.double() @ residual) / t.double().sum()
+    torch.testing.assert_close(normal.bias(candidate), bias, atol=1e-5, rtol=1e-5)
+    error = (t.double()[:, None] * (residual - bias).square()).sum()
+    assert normal.error(candidate) == pytest.approx(float(error), rel=1e-4)
+
+
+def test_sums_of_parts_add_up(task):
+    x, y, t = task
+    whole = Normal.of(x, y, t)
+    parts = Normal.of(x[:80], y[:80], t[:80]) + Normal.of(x[80:], y[80:], t[80:])
+    for name in ("gram", "cross", "energy", "x_mean", "y_mean", "total"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 0.1, 3.0])
+def test_ridge_against_lstsq(task, damping):
+    x, y, t = (v.double() for v in task)
+    prior = torch.randn(3, 6, dtype=torch.float64)
+    # Ridge about a prior, with a free bias, as one ordinary least squares problem.
+    mean = (t @ x) / t.sum()
+    gram = ((x - mean) * t[:, None]).T @ (x - mean)
+    strength = (damping * gram.diagonal().mean()).sqrt()
+    root = t.sqrt()[:, None]
+    top = torch.cat([x * root, root], 1)
+    bottom = torch.cat([strength * torch.eye(6), torch.zeros(6, 1)], 1)
+    target = torch.cat([(y - x @ prior.T) * root, torch.zeros(6, 3)])
+    solution = torch.linalg.lstsq(torch.cat([top, bottom.double()]), target.double()).solution
+    normal = Normal.of(*task)
+    updated = ridge(normal, prior, damping)
+    torch.testing.assert_close(updated, prior + solution[:6].T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(normal.bias(updated), solution[6], rtol=1e-3, atol=1e-3)
+
+
+def test_ridge_keeps_the_weight_when_nothing_helps_held_out_tokens():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 5, generator=generator)
+    weight = torch.randn(2, 5, generator=generator)
+    y, ones = x @ weight.T, torch.ones(200)
+    fit = Normal.of(x[:200], y[:200] + torch.randn(200, 2, generator=generator), ones)
+    check = Normal.of(x[200:], y[200:], ones)
+    assert torch.equal(held_out_ridge(fit, check, weight), weight.double())
+
+
+def textbook_gptq(weight, gram, grid):
+    """GPTQ with the inverse of the remaining Gram matrix computed afresh for every input."""
+    weight, out = weight.clone(), torch.empty_like(weight)
+    for i in range(len(gram)):
+        out[:, i : i + 1] = grid.nearest(weight[:, i : i + 1])
+        inverse = torch.linalg.inv(gram[i:, i:])
+        error = (weight[:, i] - out[:, i]) / inverse[0, 0]
+        weight[:, i:] -= error[:, None] * inverse[0]
+    return out
+
+
+@pytest.mark.parametrize("size", [5, 150])  # 150: more than one block
+def test_rounding_against_the_textbook(size):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4 * size, size, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(size, size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, size, generator=generator, dtype=torch.float64)
+    gram, grid = x.T @ x, RowGrid(torch.full((4, 1), 0.3), bits=4)
+    order = gram.diagonal().argsort(descending=True)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(size)
+    expected = textbook_gptq(weight[:, order], damped[order][:, order], grid)
+    rounded = compensated_rounding(weight, gram, 0.01, grid)
+    torch.testing.assert_close(rounded[:, order], expected, rtol=0, atol=1e-6)
+    change, nearest = rounded - weight, grid.nearest(weight) - weight
+    assert ((change @ gram) * change).sum() < ((nearest @ gram) * nearest).sum()
+
+
+def test_rounding_lies_between_the_best_of_all_and_nearest():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    x = x + 2 * x.mean(1, keepdim=True)
+    weight = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    gram, step = x.T @ x, 0.5
+    choices = torch.tensor(list(itertools.product((0, 1), repeat=6)), dtype=torch.float64)
+
+    def losses(rounded):
+        return (((rounded - weight) @ gram) * (rounded - weight)).sum(-1)
+
+    floor = (weight / step).floor() * step
+    best = torch.stack([losses(floor + step * up) for up in choices]).amin(0)
+    grid = RowGrid(torch.full((1, 1), step), bits=8)
+    nearest = losses(grid.nearest(weight))
+    found = losses(compensated_rounding(weight, gram, 1e-6, grid))
+    assert (found >= best - 1e-9).all()
+    assert found.mean() < nearest.mean()
+
+
+def test_held_out_rounding_never_loses_to_nearest_on_the_held_out_tokens():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(300, 20, generator=generator) @ torch.randn(20, 20, generator=generator)
+    weight, ones = torch.randn(8, 20, generator=generator), torch.ones(150)
+    y, grid = x @ weight.T, RowGrid(torch.full((8, 1), 0.4), bits=4)
+    fit, check = Normal.of(x[:150], y[:150], ones), Normal.of(x[150:], y[150:], ones)
+    rounded = held_out_rounding(fit, check, weight, grid)
+    assert check.error(rounded) <= check.error(grid.nearest(weight.double())) * 1.001
+    assert torch.equal(rounded, grid.nearest(rounded))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_steps_against_trying_all(shared):
+    weight = torch.randn(5, 30)
+    importance = torch.rand(30)
+    grid = RowGrid(torch.ones(1 if shared else 5, 1), bits=3)
+    found = best_grid(grid, weight, importance).step
+
+    def loss(step):
+        error = ((weight / step).round().clamp(-4, 3) * step - weight).square() * importance
+        return error.sum() if shared else error.sum(1)
+
+    losses = [
+        loss(weight.abs().amax(1, keepdim=True).max() / 3.5 * f)
+        if shared
+        else loss(weight.abs().amax(1, keepdim=True) / 3.5 * f)
+        for f in torch.arange(0.3, 1.1, 0.02)
+    ]
+    torch.testing.assert_close(loss(found), torch.stack(losses).amin(0), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,91 @@
+"""Two processes find the scales that one finds, and only the first writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ptq4vit_plugin import commands
+from ptq4vit_plugin.config import read
+from ptq4vit_plugin.errors import DataError
+from ptq4vit_plugin.integrations import distributed
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Scales and objectives by op, of the command in one process or in several."""
+    monkeypatch.chdir(ROOT)
+
+    def run(ranks, **compression):
+        content = yaml.safe_load((ROOT / "examples" / "digits" / "ptq4vit.yaml").read_text())
+        some = {"rounds": 1, "ignored_scopes": ["{re}blocks/[23]"], **compression}
+        content["compression"] = {"algorithm": "ptq4vit", **some}
+        content["data"]["calibration"] = {"split": "train", "samples": 12, "batch_size": 4}
+        content["data"]["evaluation"] = {"split": "val", "samples": 8}
+        file, folder = tmp_path / "config.yaml", tmp_path / str(ranks)
+        file.write_text(yaml.safe_dump(content))
+        if ranks == 1:
+            commands.quantize(read(file), folder, quiet=True)
+        else:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command = ["-m", "ptq4vit_plugin", "quantize", file, "--output", folder, "--log-json"]
+            done = subprocess.run(
+                [sys.executable, *launcher, *command],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr
+            events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
+            assert events.count("written") == 1 and events.count("op") == 14
+        tensors = load_file(folder / "model.safetensors")
+        ops = json.loads((folder / "results.json").read_text())["calibration"]["ops"]
+        scales = {name: value for name, value in tensors.items() if name.startswith("__nncf")}
+        return scales, {op["name"]: op["objective_after"] for op in ops}
+
+    return run
+
+
+def test_two_processes_find_the_scales_of_one(run):
+    one, objectives = run(1, search="exhaustive")
+    two, objectives2 = run(2, search="exhaustive")
+    assert one.keys() == two.keys() and objectives.keys() == objectives2.keys()
+    same = total = 0
+    for name, value in one.items():
+        if value.is_floating_point():
+            same += int(torch.isclose(value, two[name], rtol=1e-6).sum())
+            total += value.numel()
+    assert total > 500 and same / total >= 0.995
+    # Where a choice differs, the candidates tie within rounding.
+    for name, value in objectives.items():
+        assert objectives2[name] == pytest.approx(value, rel=1e-5)
+
+
+def test_fast_search_in_two_processes(run):
+    """Each process samples its own share; survivors are compared on everything."""
+    _, one = run(1)
+    _, two = run(2)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] <= 1.01 * value
+
+
+def test_alone_everything_is_the_identity():
+    x = torch.randn(3)
+    assert distributed.total(x) is x and distributed.smallest(x) is x
+    assert (distributed.rank(), distributed.ranks()) == (0, 1)
+    assert distributed.share([1, 2, 3]) == [1, 2, 3]
+
+
+def test_every_process_needs_a_batch(monkeypatch):
+    monkeypatch.setattr(distributed, "ranks", lambda: 4)
+    with pytest.raises(DataError, match="3 calibration batches cannot be divided among 4"):
+        distributed.share([1, 2, 3])

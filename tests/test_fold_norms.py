@@ -1,0 +1,130 @@
+"""Exact folds: the float logits stay, and rescaled copies of a model fold to the same model."""
+
+import pytest
+import timm
+import torch
+
+from ptq4vit_plugin.algorithms.fold_norms import FoldNorms
+from ptq4vit_plugin.algorithms.folding.factors import balance, channel_scale, spread
+from ptq4vit_plugin.integrations.nncf.capture import batches
+
+SWIN = {"patch_size": 2, "depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4)}
+MODELS = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 1}),
+    "vit_no_bias": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 8, "depth": 1, "qkv_bias": False},
+    ),
+    "deit": ("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 1}),
+    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 28, **SWIN}),
+    "beit": (
+        "beit_base_patch16_224",
+        {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3},
+    ),
+    "eva02": (
+        "eva02_base_patch14_224",
+        {"img_size": 28, "patch_size": 7, "depth": 1, "embed_dim": 48, "num_heads": 3},
+    ),
+    "swin_padded": ("swin_tiny_patch4_window7_224", {"img_size": 40, **SWIN}),
+}
+
+
+def model(name, seed=0):
+    architecture, args = MODELS[name]
+    torch.manual_seed(seed)
+    net = timm.create_model(architecture, num_classes=10, **args).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():  # norms and biases that are not 1 and 0
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return net, torch.randn(2, 3, args["img_size"], args["img_size"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_stay(name):
+    net, images = model(name)
+    expected = net(images)
+    before = {key: value.clone() for key, value in net.named_parameters()}
+    FoldNorms().fold(net, batches([images]))
+    change = (net(images) - expected).abs().max() / expected.abs().max()
+    assert change <= 1e-5
+    changed = {key for key, value in net.named_parameters() if not torch.equal(value, before[key])}
+    # Swin averages over positions between its last norm and the head.
+    norms = {key for key in before if "norm" in key and "patch_embed" not in key}
+    norms -= {"norm.weight", "norm.bias"} if "swin" in name else set()
+    assert norms <= changed
+    # BEiT adds the bias of queries, keys and values up in forward, so its values stay.
+    parts = ("qkv.weight",) if name == "beit" else ("qkv.weight", "attn.proj.weight")
+    assert {key for key in before if key.endswith(parts)} <= changed
+
+
+@torch.no_grad()
+def test_a_rescaled_copy_folds_to_the_same_model():
+    net, images = model("deit")
+    other, _ = model("deit")
+    factor = torch.rand(192) * 20 + 0.05
+    block = other.blocks[0]
+    for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+        norm.weight.mul_(factor)
+        norm.bias.mul_(factor)
+        linear.weight.div_(factor)
+    torch.testing.assert_close(other(images), net(images), rtol=1e-3, atol=1e-4)
+    for each in (net, other):
+        FoldNorms(attention=False).fold(each, batches([images]))
+    for norm in ("norm1", "norm2"):
+        # One common factor is left free: the quantizer's own scale takes it up.
+        ratio = getattr(other.blocks[0], norm).weight / getattr(net.blocks[0], norm).weight
+        torch.testing.assert_close(ratio, ratio[:1].expand(192), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_norm_outputs_get_one_range():
+    net, images = model("vit")
+    block = net.blocks[0]
+    seen = []
+    block.norm1.weight[5] *= 50  # an outlier channel
+    block.attn.qkv.weight[:, 5] /= 50
+    FoldNorms(attention=False).fold(net, batches([images]))
+    handle = block.norm1.register_forward_hook(lambda *args: seen.append(args[2]))
+    net(images)
+    handle.remove()
+    peak = seen[0].flatten(0, 1).abs().amax(0)
+    assert peak.max() / peak.median() < 5
+    # The shift centres every channel.
+    high, low = seen[0].flatten(0, 1).amax(0), seen[0].flatten(0, 1).amin(0)
+    torch.testing.assert_close(high, -low, rtol=1e-3, atol=1e-4)
+
+
+def test_channel_scale_undoes_a_rescaling():
+    weight, peak = torch.randn(8, 6).double(), torch.rand(6).double() + 0.5
+    factor = torch.tensor([1, 10, 0.1, 3, 1, 100]).double()
+    plain = channel_scale(peak, peak.square() / 9, weight)
+    rescaled = channel_scale(peak * factor, (peak * factor).square() / 9, weight / factor)
+    ratio = rescaled / plain / factor
+    torch.testing.assert_close(ratio, ratio[:1].expand(6))
+
+
+def test_balance_against_its_definition():
+    a, b = torch.randn(2, 40, 8).double(), torch.randn(2, 40, 8).double() * 5
+    left, right = a.transpose(1, 2) @ a, b.transpose(1, 2) @ b
+    forward, backward = balance(left, right)
+    identity = torch.eye(8).double().expand(2, 8, 8)
+    torch.testing.assert_close(forward @ backward.transpose(1, 2), identity)
+    new_left = forward.transpose(1, 2) @ left @ forward
+    new_right = backward.transpose(1, 2) @ right @ backward
+    torch.testing.assert_close(new_left, new_right, rtol=1e-2, atol=1e-1)
+    trace = torch.einsum("hii->h", new_left) * torch.einsum("hii->h", new_right)
+    for _ in range(20):  # no other transform does better
+        other = torch.linalg.qr(torch.randn(2, 8, 8).double())[0] * (torch.rand(2, 1, 8) + 0.3)
+        inverse = torch.linalg.inv(other)
+        product = torch.einsum("hii->h", other.transpose(1, 2) @ left @ other) * torch.einsum(
+            "hii->h", inverse @ right @ inverse.transpose(1, 2)
+        )
+        assert (trace <= product * 1.001).all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 24, 64])
+def test_spread_is_orthogonal_and_even(size):
+    matrix = spread(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size).double())
+    assert matrix.abs().max() <= 2**0.5 * size**-0.5 + 1e-9

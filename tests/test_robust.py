@@ -1,0 +1,142 @@
+"""Models as people use them: other batches and sizes, features, half precision, wrappers."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import ptq4vit_plugin
+from ptq4vit_plugin.algorithms.gradient import output_loss
+from ptq4vit_plugin.errors import DataError, ModelError
+
+SHORT = {"algorithm": "ptq4vit", "search_range": {"alpha": 0.5, "n": 3}, "rounds": 1}
+TINY = dict(img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=3, num_classes=10)
+
+
+def vit(**args):
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **(TINY | args)).eval()
+
+
+def images(count=3, size=32):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def noise(model, result, x):
+    """Mean squared difference over the variance, the largest over all outputs."""
+    with torch.no_grad():
+        pairs = list(zip(*map(listed, (model(x), result(x))), strict=True))
+    return max(float((b.float() - a.float()).square().mean() / a.float().var()) for a, b in pairs)
+
+
+def listed(output):
+    return output if isinstance(output, (list, tuple)) else [output]
+
+
+def test_another_batch_and_image_size():
+    model = vit(dynamic_img_size=True)
+    result = ptq4vit_plugin.quantize(model, [images()], SHORT)
+    assert noise(model, result, images(5)) < 0.01
+    assert noise(model, result, images(1, size=48)) < 0.01
+
+
+def test_features_and_feature_maps(tmp_path):
+    maps = timm.create_model("pvt_v2_b0", features_only=True, depths=(1, 1, 1, 1)).eval()
+    # timm's list of feature maps is a container: it calls all its children in a row.
+    assert isinstance(maps, nn.ModuleDict)
+    for model in (vit(num_classes=0), maps):
+        result = ptq4vit_plugin.quantize(model, [images()], SHORT)
+        assert noise(model, result, images()) < 0.01
+        path = ptq4vit_plugin.save(result, tmp_path / "model.safetensors")
+        again = ptq4vit_plugin.load(path, copy.deepcopy(model))
+        assert noise(result, again, images()) == 0
+
+
+def test_labels_need_class_scores():
+    compression = SHORT | {"gradient": {"kind": "labels"}}
+    data = [(images(), torch.tensor([0, 1, 2]))]
+    with pytest.raises(DataError, match="no class scores"):
+        ptq4vit_plugin.quantize(vit(num_classes=0), data, compression)
+
+
+def test_output_probe_is_the_gauss_newton_diagonal():
+    """Against the Jacobian of a small map, averaged over many probes."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(5, 3, generator=generator), torch.randn(3, generator=generator)
+    jacobian = torch.autograd.functional.jacobian(lambda x: (weight @ x).tanh(), x)
+    squares = torch.zeros(3)
+    probes = 4000
+    for _ in range(probes):
+        leaf = x.clone().requires_grad_()
+        y = (weight @ leaf).tanh()
+        output_loss([y[:2], y[2:]], generator).backward()
+        squares += leaf.grad.square() / probes
+    torch.testing.assert_close(squares, jacobian.square().sum(0), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, tmp_path):
+    model = vit().to(dtype)
+    x = images().to(dtype)
+    result = ptq4vit_plugin.quantize(model, [x], SHORT)
+    assert result(x).dtype == dtype
+    assert noise(model, result, x) < 0.02
+    again = ptq4vit_plugin.load(
+        ptq4vit_plugin.save(result, tmp_path / "model.safetensors"), copy.deepcopy(model)
+    )
+    assert noise(result, again, x) == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+def test_the_model_inside_a_wrapper_is_quantized(wrap):
+    model = vit()
+    result = ptq4vit_plugin.quantize(wrap(model), [images()], SHORT)
+    assert type(result) is type(model)
+    assert noise(model, result, images()) < 0.01
+
+
+def test_sequential_with_multihead_attention(tmp_path):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(24, 3, 48, activation="gelu", batch_first=True)
+    model = nn.Sequential(nn.Conv2d(3, 24, 8, 8), Tokens(), encoder, nn.Linear(24, 4)).eval()
+    compression = SHORT | {"gradient": {"kind": "output"}}
+    result = ptq4vit_plugin.quantize(model, [images()], compression)
+    roles = [record.role for record in ptq4vit_plugin.describe(result)]
+    assert roles.count("qk") == roles.count("attention_v") == 1
+    assert noise(model, result, images()) < 0.01
+    path = ptq4vit_plugin.save(result, tmp_path / "model.safetensors")
+    assert noise(result, ptq4vit_plugin.load(path, copy.deepcopy(model)), images()) == 0
+
+
+class Tokens(nn.Module):
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+def test_models_that_cannot_be_quantized():
+    with pytest.raises(ModelError, match="TorchScript"):
+        ptq4vit_plugin.quantize(torch.jit.script(nn.Linear(3, 3)), [torch.randn(2, 3)])
+    with pytest.raises(ModelError, match="no transformer op"):
+        ptq4vit_plugin.quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), [images()])
+    with pytest.raises(ModelError, match="no transformer op"):
+        ptq4vit_plugin.quantize(nn.Identity(), [images()])
+
+
+def test_hugging_face_vit():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=3,
+            intermediate_size=48,
+            image_size=32,
+            patch_size=8,
+        )
+    ).eval()
+    result = ptq4vit_plugin.quantize(model, [images()], SHORT)
+    roles = [record.role for record in ptq4vit_plugin.describe(result)]
+    assert roles.count("qk") == roles.count("attention_v") == 1
