@@ -10,22 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptq4vit_plugin.checkpoint import load, save
+    from ptq4vit_plugin.artefacts import load, save, upload
     from ptq4vit_plugin.evaluation import evaluate
     from ptq4vit_plugin.exporting import export
     from ptq4vit_plugin.pipeline import quantize
     from ptq4vit_plugin.record import describe
 
 __version__ = "0.1.0"
-__all__ = ["describe", "evaluate", "export", "load", "quantize", "save"]
+__all__ = ["describe", "evaluate", "export", "load", "quantize", "save", "upload"]
 
 _HOMES = {
     "describe": "record",
     "evaluate": "evaluation",
     "export": "exporting",
-    "load": "checkpoint",
+    "load": "artefacts",
     "quantize": "pipeline",
-    "save": "checkpoint",
+    "save": "artefacts",
+    "upload": "artefacts",
 }
 
 

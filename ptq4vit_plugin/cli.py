@@ -65,7 +65,10 @@ Then:
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML or JSON config.")]
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file that `quantize` wrote.")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT", help="A .safetensors file, a run folder, or hf-hub:user/name."
+    ),
 ]
 
 

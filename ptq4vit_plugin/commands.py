@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from torch import nn
 
+from ptq4vit_plugin import artefacts
 from ptq4vit_plugin import checkpoint as checkpoints
 from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.algorithms.finished import remove
@@ -30,7 +31,7 @@ from ptq4vit_plugin.exporting import export as export_model
 from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.files import output_folder, written_whole
 from ptq4vit_plugin.integrations.device import local_device
-from ptq4vit_plugin.integrations.distributed import process_group, rank
+from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks
 from ptq4vit_plugin.integrations.timm.images import open_image
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.pipeline import plan as make_plan
@@ -48,7 +49,6 @@ from ptq4vit_plugin.reporting.tables import (
     record_table,
 )
 
-CHECKPOINT = "model.safetensors"
 RESULTS = "results.json"
 CONFIG = "config.yaml"
 FINISHED = "finished-ops"  # folder
@@ -79,20 +79,19 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
         done = run_config(config, not silent, resume=folder / FINISHED)
         if done is None:
             return
-        path = checkpoints.save(
-            done.quantized, folder / CHECKPOINT, extra={"config": config.dump()}
-        )
+        extra = {"config": config.dump()}
+        path = artefacts.save(done.quantized, folder, extra=extra, metrics=done.metrics)
         done.results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
         write_run(folder, config, done.results)
         remove(folder / FINISHED)
-        event("written", folder=str(folder), files=[CHECKPOINT, RESULTS, CONFIG])
+        event("written", folder=str(folder), files=[path.name, artefacts.CARD, RESULTS, CONFIG])
         if not silent:
             console = Console()
             console.print(metrics_table(done.metrics))
             record = record_of(done.quantized)
             if record is not None:
                 console.print(cost_line(record))
-            console.print(f"written: {folder}/{CHECKPOINT}, {RESULTS}, {CONFIG}")
+            console.print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
             if absent := reports.missing():
                 needed = " and ".join(absent)
                 console.print(f"no report: it needs {needed} (ptq4vit-plugin\\[report])")
@@ -168,15 +167,15 @@ def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool
     folder = output_folder(described.output)
     path = folder / sweeps.RESULTS
     known = {row["key"] for row in sweeps.results(path)} if path.exists() else set()
-    rank, ranks = sweeps.torchrun()
-    mine = sweeps.share(cells, rank, ranks)
+    number, processes = sweeps.torchrun()
+    mine = sweeps.share(cells, number, processes)
     todo = [cell for cell in mine if cell.key not in known]
     console = Console(stderr=True, quiet=quiet)
-    who = f"rank {rank}: " if ranks > 1 else ""
+    who = f"rank {number}: " if processes > 1 else ""
     console.print(f"{who}{len(mine)} cells, {len(mine) - len(todo)} of them done before")
     failed = []
-    for number, cell in enumerate(todo, start=1):
-        console.print(f"{who}{number}/{len(todo)} {cell.title}")
+    for place, cell in enumerate(todo, start=1):
+        console.print(f"{who}{place}/{len(todo)} {cell.title}")
         try:
             done = run_config(cell.config, progress=not quiet)
         except PTQ4ViTError as error:
@@ -185,7 +184,7 @@ def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool
             continue
         write_run(output_folder(cell.config.output), cell.config, done.results)
         sweeps.append(path, result_tables.line(cell, done.results))
-    if ranks == 1 and path.exists():
+    if processes == 1 and path.exists():
         keys = {cell.key for cell in cells}
         rows = [row for row in sweeps.results(path) if row["key"] in keys]
         published = result_tables.read_published(described.published)
@@ -201,23 +200,27 @@ def table(file: Path, form: str, published: Path | None) -> None:
 
 
 def evaluate(checkpoint: Path, config: Config | None) -> None:
-    """Measure a saved model against its float original."""
-    quantized = checkpoints.load(checkpoint).to(local_device())
-    if config is None:
-        saved = checkpoints.read_metadata(checkpoint).extra.get("config")
-        if saved is None:
-            raise ConfigError(
-                f"'{checkpoint}' does not say on which data to evaluate; give --config"
-            )
-        config = parse(saved, str(checkpoint))
-    Console().print(
-        metrics_table(evaluate_with(config, quantized, float_model(config), progress=True))
-    )
+    """Measure a saved model against its float original; torchrun's processes share the images."""
+    with process_group():
+        file = artefacts.locate(checkpoint)
+        quantized = checkpoints.load(file).to(local_device())
+        if config is None:
+            saved = checkpoints.read_metadata(file).extra.get("config")
+            if saved is None:
+                raise ConfigError(
+                    f"'{checkpoint}' does not say on which data to evaluate; give --config"
+                )
+            config = parse(saved, str(checkpoint))
+        metrics = evaluate_with(
+            config, quantized, float_model(config), progress=rank() == 0, share=(rank(), ranks())
+        )
+        if rank() == 0:
+            Console().print(metrics_table(metrics))
 
 
 def describe(checkpoint: Path) -> None:
     """Print a record per op."""
-    Console().print(record_table(describe_model(checkpoints.load(checkpoint))))
+    Console().print(record_table(describe_model(artefacts.load(checkpoint))))
 
 
 def export(
@@ -229,6 +232,7 @@ def export(
     options: list[str],
 ) -> None:
     """Write a saved model for a runtime; the comparison goes into ``results.json`` beside it."""
+    checkpoint = artefacts.locate(checkpoint)
     model = checkpoints.load(checkpoint)
     given = dict(option.partition("=")[::2] for option in options)
     if config is None and (saved := checkpoints.read_metadata(checkpoint).extra.get("config")):
@@ -290,21 +294,39 @@ def calibration(config: Config, model: nn.Module, samples: int | None = None) ->
     """The calibration images that a config names, as an ``nncf.Dataset`` of batches."""
     wanted = config.data.calibration
     dataset = open_dataset(config.data, wanted.split, model)
-    return calibration_images(dataset, samples or wanted.samples, wanted.seed, wanted.batch_size)
+    return calibration_images(
+        dataset,
+        samples or wanted.samples,
+        wanted.seed,
+        wanted.batch_size,
+        skip_unreadable=wanted.skip_unreadable,
+    )
 
 
 def evaluate_with(
-    config: Config, model: nn.Module, reference: nn.Module, progress: bool
+    config: Config,
+    model: nn.Module,
+    reference: nn.Module,
+    progress: bool,
+    share: tuple[int, int] = (0, 1),
 ) -> Metrics:
-    """Measure a model on the evaluation images that a config names."""
-    return measure(model, evaluation(config, model), reference, progress)
+    """Measure a model on the evaluation images that a config names, or on one process's share."""
+    precision = config.data.evaluation.precision
+    return measure(model, evaluation(config, model, share), reference, progress, precision)
 
 
-def evaluation(config: Config, model: nn.Module) -> Any:
-    """Labelled batches of the evaluation images that a config names."""
+def evaluation(config: Config, model: nn.Module, share: tuple[int, int] = (0, 1)) -> Any:
+    """Labelled batches of the evaluation images that a config names, or one process's share."""
     wanted = config.data.evaluation
     dataset = open_dataset(config.data, wanted.split, model)
-    return loader(dataset, wanted.batch_size, samples=wanted.samples)
+    return loader(
+        dataset,
+        wanted.batch_size,
+        samples=wanted.samples,
+        workers=wanted.workers,
+        skip_unreadable=wanted.skip_unreadable,
+        share=share,
+    )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -46,6 +46,9 @@ class CalibrationConfig(_Section):
     samples: PositiveInt = Field(32, description="number of images")
     seed: NonNegativeInt = Field(3, description="seed of the choice of images")
     batch_size: PositiveInt = Field(8, description="images per forward and backward pass")
+    skip_unreadable: NonNegativeInt = Field(
+        0, description="images that may be undecodable; they are named and replaced"
+    )
 
 
 class EvaluationConfig(_Section):
@@ -54,6 +57,13 @@ class EvaluationConfig(_Section):
     split: str = Field("val", description="split of the data source")
     samples: PositiveInt | None = Field(None, description="number of images; null takes all")
     batch_size: PositiveInt = Field(64, description="images per forward pass")
+    skip_unreadable: NonNegativeInt = Field(
+        0, description="images that may be undecodable; they are named, counted and left out"
+    )
+    workers: NonNegativeInt = Field(0, description="processes that decode images; 0: none extra")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of matrix products and convolutions (autocast)"
+    )
 
 
 class DataConfig(_Section):

@@ -33,11 +33,13 @@ from .errors import DataError, nearest
 from .integrations.timm.images import (
     SPLITS,
     ImageFiles,
+    TimmImages,
     fixed_size,
     image_transform,
     imagenet_wnids,
     input_channels,
     one_line,
+    opened_by_timm,
     split_folder,
 )
 
@@ -192,6 +194,37 @@ def folder(
     )
 
 
+def timm_dataset(
+    config: Any,
+    split: str,
+    transform: Transform,
+    name: str = "",
+    class_map: str = "",
+    download: bool = False,
+    input_key: str | None = None,
+    target_key: str | None = None,
+) -> Dataset:
+    """Whatever `timm.data.create_dataset` opens at random places: ``hfds/<name>`` (Hugging Face
+    datasets), ``torch/<name>`` (torchvision), a tar file or folder of tar files, an image folder.
+
+    Streams (``wds/``, ``tfds/``, ``hfids/``) have no places and are refused: which images a seed
+    chooses would depend on their order.
+
+    Parameters
+    ----------
+    name
+        timm's name; empty for files under `root`.
+    class_map, download, input_key, target_key
+        As timm's; a class map is a text file, as others are pickles.
+    """
+    if class_map and not class_map.endswith(".txt"):
+        raise DataError(f"data.options.class_map: '{class_map}' is not a .txt file")
+    root = None if config.root is None else str(config.root)
+    keys = {"input_key": input_key, "target_key": target_key}
+    opened = opened_by_timm(name, root, split, class_map=class_map, download=download, **keys)
+    return _FromTimm(opened, transform)
+
+
 def npz(
     config: Any,
     split: str,
@@ -301,6 +334,8 @@ class Loader:
     ----------
     unreadable
         Names of the images that could not be decoded, of the current or last pass.
+    ranks
+        How many processes share the images.
     """
 
     def __init__(
@@ -311,9 +346,12 @@ class Loader:
         *,
         workers: int = 0,
         skip_unreadable: int = 0,
+        share: tuple[int, int] = (0, 1),
     ):
         if batch_size < 1:
             raise DataError(f"batch_size {batch_size}; allowed: 1 or more")
+        rank, self.ranks = share
+        indices = indices[rank :: self.ranks]
         self.unreadable: list[str] = []
         self.batch_size = batch_size
         self._skip_unreadable = skip_unreadable
@@ -369,6 +407,7 @@ def loader(
     seed: int = 0,
     workers: int = 0,
     skip_unreadable: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Loader:
     """Return labelled batches for `evaluate`.
 
@@ -380,7 +419,9 @@ def loader(
         Processes that decode images; 0 decodes in this one.
     skip_unreadable
         How many images that cannot be decoded are skipped (and named in `Loader.unreadable`) before
-        it is an error.
+        it is an error; of this process's share.
+    share
+        This process's number and how many there are; each takes every so-many-th image.
 
     Raises
     ------
@@ -391,7 +432,14 @@ def loader(
     if problem:
         raise DataError(f"no labels to evaluate with: {problem}")
     indices = range(len(dataset)) if samples is None else selection(dataset, samples, seed)
-    return Loader(dataset, indices, batch_size, workers=workers, skip_unreadable=skip_unreadable)
+    return Loader(
+        dataset,
+        indices,
+        batch_size,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+        share=share,
+    )
 
 
 def calibration_images(
@@ -502,6 +550,25 @@ class _Items(Dataset):
         except UnreadableImage as error:
             return UnreadableImage(error.name, error.cause)  # without the traceback's references
         return index, image, int(label)
+
+
+class _FromTimm(Dataset):
+    """A data set of timm's, decoded here, as timm replaces an unreadable image by the next one."""
+
+    def __init__(self, opened: TimmImages, transform: Transform):
+        self.names, self.classes = opened.names, opened.classes
+        self._opened, self._transform = opened, transform
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image, label = self._opened[index]
+        except Exception as error:  # whatever decoders and readers raise
+            cause = one_line(error) or type(error).__name__
+            raise UnreadableImage(self.names[index], cause) from error
+        return self._transform(image), -1 if label is None else int(label)
 
 
 class _Relabelled(Dataset):

@@ -178,8 +178,8 @@ def test_commands_are_passed_what_was_asked(file, calls):
     ):
         assert run(*arguments).exit_code == 0
     assert calls == [
-        ("quantize", config, None, False),
-        ("quantize", config, Path("here"), True),
+        ("quantize", config, None, False, False),
+        ("quantize", config, Path("here"), True, False),
         ("plan", config),
         ("evaluate", model, None),
         ("evaluate", model, config),

@@ -103,8 +103,21 @@ def test_defaults_are_filled_in(tiny, write):
             "source": "digits",
             "root": None,
             "options": {},
-            "calibration": {"split": "train", "samples": 32, "seed": 3, "batch_size": 8},
-            "evaluation": {"split": "val", "samples": None, "batch_size": 64},
+            "calibration": {
+                "split": "train",
+                "samples": 32,
+                "seed": 3,
+                "batch_size": 8,
+                "skip_unreadable": 0,
+            },
+            "evaluation": {
+                "split": "val",
+                "samples": None,
+                "batch_size": 64,
+                "skip_unreadable": 0,
+                "workers": 0,
+                "precision": "float32",
+            },
         },
         "compression": [{"algorithm": "tiny", **TINY_FIELDS}],
         "output": "runs/latest",
@@ -180,8 +193,8 @@ def test_options_of_a_data_source_are_its_arguments(tiny, distribution, write):
         ),
         (
             {"data": {"source": "digits", "calibration": {"sample": 3}}},
-            "data.calibration.sample: unknown key; allowed: split, samples, seed, batch_size; "
-            "did you mean 'samples'?",
+            "data.calibration.sample: unknown key; allowed: split, samples, seed, batch_size, "
+            "skip_unreadable; did you mean 'samples'?",
         ),
         ({"model": {}}, "model.name: missing; allowed: text"),
         (

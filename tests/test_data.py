@@ -1,5 +1,6 @@
 """Data sources, subsets, batches, and every way in which images can be bad."""
 
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,6 +201,38 @@ def test_missing_root_and_empty_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is a file"):
         open_dataset(section("folder", tmp_path / "file"), "val", model)
+
+
+# --- whatever timm opens -------------------------------------------------------------------------
+
+
+def test_a_tar_file_as_timm_opens_it(tmp_path):
+    for value, wnid in enumerate(("n01440764", "n15075141", "n02123045")):
+        write_image(tmp_path / "files" / wnid / f"{value}.png", 20 * value)
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(tmp_path / "files", arcname=".")
+    model = small_model(num_classes=1000)
+    dataset = open_dataset(section("timm", tmp_path / "val.tar"), "val", model)
+    images, labels = next(iter(loader(dataset)))
+    found = {
+        label: float(image.mean()) for image, label in zip(images, labels.tolist(), strict=True)
+    }
+    expected = {0: ready(0), 999: ready(20), 281: ready(40)}  # by wnid, not by position
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_corrupt_image_of_timms_is_named_and_not_replaced(photos):
+    (photos / "val" / "cat" / "1.png").write_bytes(b"no image")
+    dataset = open_dataset(section("timm", photos), "val", small_model())
+    batches = loader(dataset, skip_unreadable=1)
+    assert sum(len(labels) for _, labels in batches) == 8
+    (name,) = batches.unreadable
+    assert name.endswith("cat/1.png")
+
+
+def test_what_timm_cannot_open(tmp_path):
+    with pytest.raises(DataError, match="cannot open data set 'torch/nothing'"):
+        open_dataset(section("timm", tmp_path, name="torch/nothing"), "val", small_model())
 
 
 # --- unreadable images ---------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -130,6 +132,59 @@ def test_labels_that_are_no_class_indices():
     for labels in (torch.rand(2), torch.zeros(2, 3, dtype=torch.long)):
         with pytest.raises(DataError, match="labels are"):
             evaluate(Table(3), batches(images, labels))
+
+
+def test_bfloat16_is_close_and_is_not_float32():
+    torch.manual_seed(0)
+    args = dict(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=9)
+    model = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    images, labels = torch.randn(40, 3, 16, 16), torch.zeros(40, dtype=torch.long)
+    exact = evaluate(model, batches(images, labels))
+    mixed = evaluate(model, batches(images, labels), precision="bfloat16")
+    assert mixed.loss == pytest.approx(exact.loss, rel=0.02) and mixed.loss != exact.loss
+
+
+SHARED = """
+import json, sys
+import torch
+from torch import distributed as dist
+from ptq4vit_plugin.data import UnreadableImage, loader
+from ptq4vit_plugin.evaluation import evaluate
+
+class Data:
+    names = [f"image{i:02d}" for i in range(23)]
+    def __len__(self):
+        return 23
+    def __getitem__(self, index):
+        if index in (4, 9):
+            raise UnreadableImage(self.names[index], "cut off")
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(1, 2, 3, generator=generator), index % 6
+
+torch.manual_seed(0)
+model, reference = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 6)) for _ in "ab")
+ranks = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+rank = int(sys.argv[3]) if ranks > 1 else 0
+if ranks > 1:
+    dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=ranks)
+batches = loader(Data(), 4, skip_unreadable=2, share=(rank, ranks))
+metrics = evaluate(model, batches, reference)
+print(metrics.model_dump_json(exclude={"images_per_second"}))
+"""
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    def start(*arguments):
+        command = [sys.executable, "-c", SHARED, str(tmp_path / "meeting"), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    started = [start(), start("2", "0"), start("2", "1")]
+    one, first, second = (json.loads(p.communicate(timeout=300)[0]) for p in started)
+    assert first == second
+    assert one["images"] == 21 and one["reference_top1"] is not None
+    assert sorted(first.pop("unreadable")) == one.pop("unreadable") == ["image04", "image09"]
+    for key, value in one.items():  # other batches, so float32 logits differ in their last bits
+        assert first[key] == pytest.approx(value, rel=1e-6), key
 
 
 def test_bad_images_and_bad_models():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from timm.data import (
     ImageNetInfo,
+    create_dataset,
     create_transform,
     infer_imagenet_subset,
     resolve_model_data_config,
 )
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from ...errors import DataError, nearest
 
@@ -224,6 +227,74 @@ class ImageFiles:
         with Image.open(self.root / self.names[index]) as image:
             image.load()
             return image
+
+
+class TimmImages:
+    """A map-style data set that timm opened.
+
+    Attributes
+    ----------
+    names
+        What timm calls each image, or its number.
+    classes
+        Class names in the order of the labels, if timm's reader knows them.
+    """
+
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+        reader = getattr(dataset, "reader", None)
+        self._reader = reader
+        width = len(str(len(dataset)))
+        self.names = [f"{index:0{width}d}" for index in range(len(dataset))]
+        if reader is not None:
+            try:
+                self.names = [str(name) for name in reader.filenames()]
+            except (NotImplementedError, AssertionError, KeyError, ValueError):
+                pass  # not every source has file names
+        # timm's folder reader, its tar readers, and torchvision call it differently
+        owners = (
+            (reader, "class_to_idx"),
+            (reader, "class_name_to_idx"),
+            (dataset, "class_to_idx"),
+        )
+        known = next((getattr(x, key) for x, key in owners if getattr(x, key, None)), None)
+        self.classes = sorted(known, key=known.get) if known else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
+        """Decode one image; raises whatever its decoder raises."""
+        if self._reader is None:  # torchvision's
+            return self._dataset[index]
+        image, label = self._reader[index]
+        if not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        image.load()
+        return image, label
+
+
+def opened_by_timm(name: str, root: str | None, split: str, **options: Any) -> TimmImages:
+    """Open a data set with `timm.data.create_dataset`.
+
+    Raises
+    ------
+    DataError
+        timm cannot open it, or it is a stream.
+    """
+    try:
+        dataset = create_dataset(name, root=root, split=split, is_training=False, **options)
+    except Exception as error:  # other people's readers: any exception can come out of them
+        raise DataError(
+            f"timm cannot open data set '{name}' at {root}: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"data set '{name}' is a stream, from which no seeded subset can be drawn; allowed: "
+            "hfds/..., torch/..., tar files and folders"
+        )
+    return TimmImages(dataset)
 
 
 def imagenet_wnids(num_classes: int) -> Sequence[str] | None:

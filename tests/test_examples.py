@@ -1,0 +1,97 @@
+"""The examples run, and the third-party package of the examples works as one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import images, small_vit
+
+import ptq4vit_plugin as ptq
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def python(*arguments, cwd=ROOT, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shifts(tmp_path_factory):
+    """The example package with its metadata, as an installation would leave it."""
+    folder = tmp_path_factory.mktemp("shifts") / "package"
+    shutil.copytree(EXAMPLES / "custom_quantizer", folder)
+    python("-c", "import setuptools; setuptools.setup()", "-q", "egg_info", cwd=folder)
+    return folder
+
+
+def test_the_third_party_packages_own_tests(shifts):
+    path = os.pathsep.join(filter(None, [str(shifts), os.environ.get("PYTHONPATH")]))
+    passed = python(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        shifts / "tests",
+        cwd=shifts,
+        PYTHONPATH=path,
+    )
+    assert "3 passed" in passed
+
+
+def test_the_third_party_package_is_used_from_its_config(shifts, tmp_path):
+    path = os.pathsep.join(filter(None, [str(shifts), os.environ.get("PYTHONPATH")]))
+    config = tmp_path / "config.yaml"
+    text = (shifts / "shift_only.yaml").read_text()
+    text = text.replace(
+        "algorithm: shift_only", "algorithm: shift_only\n  rounds: 1\n  search_range: {n: 10}"
+    ).replace("source: digits", "source: digits\n  evaluation: {samples: 60}")
+    config.write_text(text)
+    python(
+        "-m", "ptq4vit_plugin", "quantize", config, "-q", "-o", tmp_path / "run", PYTHONPATH=path
+    )
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    used = {o["quantizer"] for op in results["calibration"]["ops"] for o in op["operands"]}
+    assert used == {"power_of_two", "twin_softmax", "twin_gelu"}
+    assert results["metrics"]["agreement"] > 90
+
+
+def test_a_model_of_ones_own():
+    assert "the same logits, bit for bit" in python(EXAMPLES / "custom_model.py")
+
+
+def test_integer_weights_are_the_models_own_values(tmp_path):
+    sys.path.insert(0, str(EXAMPLES / "imagenet"))
+    try:
+        import integer_weights
+    finally:
+        sys.path.pop(0)
+    model = small_vit(1)
+    compression = {"algorithm": "ptq4vit", "rounds": 1, "weights": {"bits": 5}}
+    quantized = ptq.quantize(model, images(1), compression)
+    tensors = integer_weights.integer_weights(quantized)
+    assert sum(name.endswith(".scale") for name in tensors) == 6  # 5 linears and the patches
+    weight = dict(model.named_parameters())["blocks.0.mlp.fc1.weight"].detach()
+    codes, scale = tensors["blocks.0.mlp.fc1.weight"], tensors["blocks.0.mlp.fc1.weight.scale"]
+    assert codes.dtype == torch.int8 and codes.shape == weight.shape
+    assert codes.min() >= -16 and codes.max() <= 15
+    inside = (codes > -16) & (codes < 15)
+    assert ((codes * scale - weight).abs() <= scale * 0.501)[inside].all()
+    found = integer_weights.activation_codes(quantized, images(1)[0])
+    softmax = found["blocks/0/attn/matmul/1", 0]
+    assert softmax.dtype == torch.uint8 and softmax.shape == (4, 3, 17, 17)
+    assert found["blocks/0/mlp/fc2/linear/0", 0].dtype == torch.int8
