@@ -71,7 +71,7 @@ def test_output_probe_is_the_gauss_newton_diagonal():
     for _ in range(probes):
         leaf = x.clone().requires_grad_()
         y = (weight @ leaf).tanh()
-        output_loss([y[:2], y[2:]], generator).backward()
+        output_loss([y[:2], y[2:]], [generator]).backward()
         squares += leaf.grad.square() / probes
     torch.testing.assert_close(squares, jacobian.square().sum(0), rtol=0.1, atol=0)
 

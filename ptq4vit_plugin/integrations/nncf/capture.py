@@ -208,9 +208,9 @@ def record(
         for batch in data:
             with torch.set_grad_enabled(gradient is not None):
                 result = run(model, batch.to(model))
-            kept.forget()
-            if gradient:
-                _backward(outputs_of(model, result), gradient, batch)
+                kept.forget()
+                if gradient:
+                    _backward(outputs_of(model, result), gradient, batch)
             progress()
     for name, seen in recorded.items():
         if not all(value.isfinite().all() for value in seen.fisher):
