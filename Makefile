@@ -11,10 +11,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 demo: $(INSTALLED)
 	.venv/bin/python examples/digits/demo.py
 
+# Two processes of one thread each: most tests are too small for the threads of one operation.
 test: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
 
 # Installs again when the dependencies or entry points change; an existing .venv is reused.
 $(INSTALLED): setup.cfg pyproject.toml

@@ -48,6 +48,6 @@ def test_on_the_trained_bench_model(bits):
     def normalised(images):
         return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
-    calibration = list(normalised(data["calib_images"][:16]).split(8))
-    ours, base = compare(model, calibration, normalised(data["test_images"][:100]), bits)
+    calibration = list(normalised(data["calib_images"][:8]).split(8))
+    ours, base = compare(model, calibration, normalised(data["test_images"][:64]), bits)
     assert ours > base

@@ -72,7 +72,7 @@ def histogram(x: Tensor, source: str) -> Histogram | None:
             ]
         )
     bins = len(edges) - 1
-    place = torch.bucketize(x, edges, right=True).sub_(1).clamp_(0, bins - 1)
+    place = torch.bucketize(x.contiguous(), edges, right=True).sub_(1).clamp_(0, bins - 1)
     counts = torch.bincount(place, minlength=bins)
     return Histogram(edges=_significant(edges.tolist()), counts=counts.tolist())
 
