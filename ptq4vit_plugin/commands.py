@@ -32,6 +32,7 @@ from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.files import output_folder, written_whole
 from ptq4vit_plugin.integrations.device import local_device
 from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks
+from ptq4vit_plugin.integrations.nncf.kernels import compiled_meanwhile
 from ptq4vit_plugin.integrations.timm.images import open_image
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.pipeline import plan as make_plan
@@ -108,13 +109,14 @@ def run_config(config: Config, progress: bool, resume: Path | None = None) -> Ru
     started = time.perf_counter()
     model = float_model(config)
     promised = any(step.get("accuracy") for step in config.compression)
-    quantized = quantize_model(
-        model,
-        calibration(config, model),
-        config,
-        validation_dataset=evaluation(config, model) if promised else None,
-        resume=resume,
-    )
+    with compiled_meanwhile():
+        quantized = quantize_model(
+            model,
+            calibration(config, model),
+            config,
+            validation_dataset=evaluation(config, model) if promised else None,
+            resume=resume,
+        )
     calibrated = time.perf_counter()
     if rank() != 0:
         return None
