@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -109,7 +109,8 @@ def run_config(config: Config, progress: bool, resume: Path | None = None) -> Ru
     started = time.perf_counter()
     model = float_model(config)
     promised = any(step.get("accuracy") for step in config.compression)
-    with compiled_meanwhile():
+    # Only the first of several processes evaluates, and needs the kernels.
+    with compiled_meanwhile() if rank() == 0 else nullcontext():
         quantized = quantize_model(
             model,
             calibration(config, model),
