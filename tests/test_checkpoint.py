@@ -75,6 +75,14 @@ def test_other_families(name, args, tmp_path):
         result, tmp_path / "m.safetensors", {"name": name, "args": {**args, "num_classes": 5}}
     )
     assert torch.equal(ptq.load(path)(x), result(x))
+    fresh = timm.create_model(name, num_classes=5, **args)
+    for module in fresh.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    config = json.loads(json.dumps(nncf.torch.get_config(result)))
+    fresh = nncf.torch.load_from_config(fresh, config, allowed_modules=ALLOWED)
+    fresh.load_state_dict(result.state_dict())
+    assert torch.equal(fresh.eval()(x), result(x))
 
 
 def test_the_description_is_saved_with_the_model(quantized, saved):
