@@ -7,22 +7,20 @@ from typing import Any
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
-from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-from nncf.common.utils.backend import BackendType
-from nncf.quantization.algorithms.algorithm import Algorithm
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
 from ptq4vit_plugin.algorithms.compensation.normal import Normal
 from ptq4vit_plugin.algorithms.compensation.ridge import held_out_ridge
 from ptq4vit_plugin.algorithms.compensation.rounding import held_out_rounding
 from ptq4vit_plugin.algorithms.compensation.steps import RowGrid, best_grid
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.views import view_of
-from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, batches, token_weights
+from ptq4vit_plugin.integrations.nncf.capture import Batch, token_weights
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.streams import Seen, run_side_by_side
 from ptq4vit_plugin.plan import FoundOp
@@ -31,7 +29,7 @@ from ptq4vit_plugin.plan import FoundOp
 HELD_OUT = 4
 
 
-class Compensate(BaseModel, Algorithm):
+class Compensate(CalibratedAlgorithm):
     """After quantization, let weights and biases absorb the errors; scales of activations stay.
 
     Lifecycle of `apply`: a backward pass of the float model weighs every token; then one forward
@@ -52,27 +50,10 @@ class Compensate(BaseModel, Algorithm):
         How tokens are weighed; None weighs all alike.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     weights: bool = Field(default=True, description="ridge regression on the quantized inputs")
     rounding: bool = Field(default=True, description="error-compensating rounding")
     bias: bool = Field(default=True, description="biases absorb the mean output error")
     gradient: Gradient | None = Gradient()
-
-    _dataset: Any = PrivateAttr(default=None)
-
-    def __init__(self, dataset: Any = None, **fields: Any) -> None:
-        super().__init__(**fields)
-        self._dataset = dataset
-
-    @property
-    def available_backends(self) -> list[BackendType]:
-        """PyTorch only."""
-        return [BackendType.TORCH]
-
-    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
-        """NNCF collects nothing for this algorithm: it records what it needs itself."""
-        return StatisticPointsContainer()
 
     def apply(
         self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
@@ -87,12 +68,10 @@ class Compensate(BaseModel, Algorithm):
             The model is not quantized.
         """
         module = hooks.unwrap(model)
-        source = self._dataset if dataset is None else dataset
-        if source is None:
-            raise DataError("Compensate needs calibration images: Compensate(dataset, ...)")
+        data = self.calibration_batches(dataset)
         if next(hooks.hooks(module), None) is None:
             raise ModelError("compensate: the model has no quantizers; quantize it before that")
-        self.compensate(module, batches(source))
+        self.compensate(module, data)
         return model
 
     @torch.no_grad()

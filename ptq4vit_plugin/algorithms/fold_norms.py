@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
-from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-from nncf.common.utils.backend import BackendType
-from nncf.quantization.algorithms.algorithm import Algorithm
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor, nn
 
+from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
 from ptq4vit_plugin.algorithms.folding.factors import balance, channel_scale
 from ptq4vit_plugin.algorithms.folding.rescale import (
     fold_norm,
@@ -20,9 +18,9 @@ from ptq4vit_plugin.algorithms.folding.rescale import (
     transform_rows,
 )
 from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
-from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, batches, outputs_of, run
+from ptq4vit_plugin.integrations.nncf.capture import Batch, outputs_of, run
 from ptq4vit_plugin.integrations.nncf.channels import (
     NormPath,
     ScorePath,
@@ -43,7 +41,7 @@ TOLERANCE = 1e-4
 ROWS_TO_SHIFT = 512
 
 
-class FoldNorms(BaseModel, Algorithm):
+class FoldNorms(CalibratedAlgorithm):
     """Rescale channels so that one scale per tensor fits them all; the function stays the same.
 
     Lifecycle of `apply`: norms followed by linears, and attentions whose factors are rows of
@@ -60,27 +58,10 @@ class FoldNorms(BaseModel, Algorithm):
         projection; keys and values lose their mean where softmax makes up for it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     norms: bool = Field(default=True, description="fold scales and shifts of norms into linears")
     attention: bool = Field(
         default=True, description="balance queries with keys and values with the projection"
     )
-
-    _dataset: Any = PrivateAttr(default=None)
-
-    def __init__(self, dataset: Any = None, **fields: Any) -> None:
-        super().__init__(**fields)
-        self._dataset = dataset
-
-    @property
-    def available_backends(self) -> list[BackendType]:
-        """PyTorch only."""
-        return [BackendType.TORCH]
-
-    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
-        """NNCF collects nothing for this algorithm: it records what it needs itself."""
-        return StatisticPointsContainer()
 
     def apply(
         self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
@@ -95,12 +76,10 @@ class FoldNorms(BaseModel, Algorithm):
             The model is quantized already, or its outputs change.
         """
         module = hooks.unwrap(model)
-        source = self._dataset if dataset is None else dataset
-        if source is None:
-            raise DataError("FoldNorms needs calibration images: FoldNorms(dataset, ...)")
+        data = self.calibration_batches(dataset)
         if next(hooks.hooks(module), None) is not None:
             raise ModelError("fold_norms: the model is quantized already; fold it before that")
-        self.fold(module, batches(source))
+        self.fold(module, data)
         hooks.forget_graph(model)
         return model
 

@@ -12,9 +12,7 @@ from ptq4vit_plugin.algorithms.fold_norms import FoldNorms
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.algorithms.settings import Activations, QuantizerName, Twin
-from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 
 
@@ -71,10 +69,7 @@ class PTQ4ViTPlus(ScaleSearch):
     ) -> Any:
         """Fold, search and compensate in place; return the model. Raises as the three steps do."""
         module = hooks.unwrap(model)
-        source = self._dataset if dataset is None else dataset
-        if source is None:
-            raise DataError("PTQ4ViTPlus needs calibration images: PTQ4ViTPlus(dataset, ...)")
-        data = batches(source)
+        data = self.calibration_batches(dataset)
         prepare(module, data[0].to(module))
         if self.fold.norms or self.fold.attention:
             FoldNorms(**dict(self.fold)).fold(module, data)

@@ -8,18 +8,16 @@ from dataclasses import replace
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import psutil
 import torch
 from nncf.common.graph.graph import NNCFGraph
-from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-from nncf.common.utils.backend import BackendType
-from nncf.quantization.algorithms.algorithm import Algorithm
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from ptq4vit_plugin import __version__, registry
+from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
 from ptq4vit_plugin.algorithms.diagnosis import histogram, output_sqnr, thinned
 from ptq4vit_plugin.algorithms.finished import FinishedOps, Place, key_of
 from ptq4vit_plugin.algorithms.gradient import Gradient
@@ -36,12 +34,12 @@ from ptq4vit_plugin.algorithms.settings import (
     Weights,
 )
 from ptq4vit_plugin.algorithms.views import GemmView, view_of
-from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations import distributed
 from ptq4vit_plugin.integrations.device import device_of, peak_memory
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, batches, record
+from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, record
 from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
@@ -60,20 +58,14 @@ Metric = Literal[
 ]
 
 
-class ScaleSearch(BaseModel, Algorithm):
+class ScaleSearch(CalibratedAlgorithm):
     """Choose every scale by searching for the one that disturbs the op's output least.
 
-    Lifecycle of `apply`: attention is unfused; batch
-    normalization is folded into convolutions; ops are found on the NNCF graph; a plan gives each
-    operand a quantizer; operands and gradients are recorded in as few forward/backward passes as
-    fit the memory; the search runs op by op, always against the floating-point model; quantizers
-    are inserted as NNCF hooks.
-
-    Fields are the algorithm's config. Constructor: ``Algorithm(dataset, **fields)``, because an
-    NNCF pipeline does not pass the dataset on to its steps.
+    Lifecycle of `apply`: attention is unfused; batch normalization is folded into convolutions; ops
+    are found on the NNCF graph; a plan gives each operand a quantizer; operands and gradients are
+    recorded in as few forward/backward passes as fit the memory; the search runs op by op, always
+    against the floating-point model; quantizers are inserted as NNCF hooks.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: Weights = Weights()
     activations: Activations = Activations()
@@ -111,34 +103,20 @@ class ScaleSearch(BaseModel, Algorithm):
         "record, 0.5 at least, a quarter of what is free at most",
     )
 
-    _dataset: Any = PrivateAttr(default=None)
     _finished: Path | None = PrivateAttr(default=None)
-
-    def __init__(self, dataset: Any = None, **fields: Any) -> None:
-        super().__init__(**fields)
-        self._dataset = dataset
 
     def keep_finished_ops(self, folder: Path | None) -> None:
         """Keep finished ops in a folder, and take from there those of an interrupted run."""
         self._finished = folder
 
     @model_validator(mode="after")
-    def _expand_granularity(self) -> Self:
+    def _expand_granularity(self) -> ScaleSearch:
         if self.granularity == "paper":
             paper = {"granularity": "paper"}
             # The model is frozen for its users; the shorthand is part of its making.
             object.__setattr__(self, "weights", self.weights.model_copy(update=paper))
             object.__setattr__(self, "activations", self.activations.model_copy(update=paper))
         return self
-
-    @property
-    def available_backends(self) -> list[BackendType]:
-        """PyTorch only."""
-        return [BackendType.TORCH]
-
-    def get_statistic_points(self, model: Any, graph: NNCFGraph) -> StatisticPointsContainer:
-        """NNCF collects nothing for this algorithm: it records what it needs itself."""
-        return StatisticPointsContainer()
 
     def overridden(self, op_name: str) -> ScaleSearch:
         """The settings that hold for one op; overrides are applied in the order of the config."""
@@ -205,11 +183,7 @@ class ScaleSearch(BaseModel, Algorithm):
         """
         started = time.perf_counter()
         module = hooks.unwrap(model)
-        source = self._dataset if dataset is None else dataset
-        if source is None:
-            name = type(self).__name__
-            raise DataError(f"{name} needs calibration images: {name}(dataset, ...)")
-        data = batches(source)
+        data = self.calibration_batches(dataset)
         example = data[0].to(module)
         before = is_decomposed(module)
         switched = prepare(module, example)
