@@ -8,7 +8,7 @@ from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.quantizers.asymmetric import Asymmetric
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
-from ptq4vit_plugin.quantizers.row_softmax import RowSoftmax, RowSoftmaxQuantizer
+from ptq4vit_plugin.quantizers.numerator import Numerator, NumeratorQuantizer
 from ptq4vit_plugin.quantizers.uniform import Uniform
 
 TENSOR = (1, 1, 1, 1)
@@ -76,9 +76,9 @@ def test_search_beats_symmetric_on_skewed_numbers():
 
 
 @pytest.mark.parametrize("bits", [3, 8])
-def test_row_softmax_against_numpy(bits):
+def test_numerator_against_numpy(bits):
     p = (torch.randn(2, 3, 7, 9) * 3).softmax(-1)
-    operand = RowSoftmax(bits, Grouping((1, 3, 1, 1)), SearchRange(n=10))
+    operand = Numerator(bits, Grouping((1, 3, 1, 1)), SearchRange(n=10))
     operand.observe(p)
     top = 2**bits - 1
     for row in (4, operand.n):
@@ -95,10 +95,10 @@ def test_row_softmax_against_numpy(bits):
         assert torch.equal(module.from_codes(stored, peaks), module(p))
 
 
-def test_row_softmax_is_the_division_after_the_product():
+def test_numerator_is_the_division_after_the_product():
     """exp(s - max) in codes, times V, divided by the sum of the exact exponentials."""
     s, v = torch.randn(4, 9).double() * 2, torch.randn(9, 5).double()
-    module = RowSoftmaxQuantizer(8, torch.tensor([1 / 255]))
+    module = NumeratorQuantizer(8, torch.tensor([1 / 255]))
     exponentials = (s - s.amax(1, keepdim=True)).exp()
     codes = (exponentials * 255).round()
     expected = codes @ v / 255 / exponentials.sum(1, keepdim=True)
@@ -106,9 +106,9 @@ def test_row_softmax_is_the_division_after_the_product():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_row_softmax_state_and_gradient():
-    module = RowSoftmaxQuantizer(8, torch.full((1, 3, 1, 1), 1 / 255))
-    copy = RowSoftmaxQuantizer.from_config(module.get_config())
+def test_numerator_state_and_gradient():
+    module = NumeratorQuantizer(8, torch.full((1, 3, 1, 1), 1 / 255))
+    copy = NumeratorQuantizer.from_config(module.get_config())
     copy.load_state_dict(module.state_dict())
     p = torch.rand(2, 3, 4, 4).softmax(-1).requires_grad_()
     assert torch.equal(copy(p), module(p))

@@ -46,7 +46,7 @@ class PlusActivations(Activations):
 class PlusTwin(Twin):
     """As `Twin`; by default neither is a twin, both are single uniform grids."""
 
-    softmax: bool | QuantizerName = "row_softmax"
+    softmax: bool | QuantizerName = "numerator"
     gelu: bool | QuantizerName = "asymmetric"
 
 

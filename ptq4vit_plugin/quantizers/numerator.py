@@ -1,4 +1,4 @@
-"""Uniform quantizer for softmax's output relative to the largest value of every row."""
+"""Uniform quantizer for the numerator of softmax: `exp(s - max s)`, divided after the product."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from ptq4vit_plugin.quantizers.base import Grouping, OperandQuantizer, SearchRan
 from ptq4vit_plugin.quantizers.branches import Branch, row_peak
 
 
-class RowSoftmaxQuantizer(nn.Module, StatefulModuleInterface):
+class NumeratorQuantizer(nn.Module, StatefulModuleInterface):
     """``p^ = peak * step * clamp(round(p / peak / step), 0, 2^bits - 1)``, peak the row's largest.
 
     ``p / peak`` is ``exp(s - max s)``, a number in [0, 1] before it is divided by its sum: the
@@ -34,7 +34,7 @@ class RowSoftmaxQuantizer(nn.Module, StatefulModuleInterface):
         self.register_buffer("step", step.detach().float())
 
     @classmethod
-    def from_config(cls, state: dict[str, Any]) -> "RowSoftmaxQuantizer":
+    def from_config(cls, state: dict[str, Any]) -> "NumeratorQuantizer":
         """Rebuild from `get_config`; load the state dict to get the step."""
         return cls(state["bits"], torch.ones(state["shape"]))
 
@@ -71,8 +71,8 @@ class RowSoftmaxQuantizer(nn.Module, StatefulModuleInterface):
         return f"bits={self.bits}, shape={list(self.step.shape)}"
 
 
-class RowSoftmax(OperandQuantizer):
-    """`RowSoftmaxQuantizer` while its step is being searched.
+class Numerator(OperandQuantizer):
+    """`NumeratorQuantizer` while its step is being searched.
 
     Candidates are ``(alpha + i (beta - alpha) / n) / (2^bits - 0.5)``: 1 at the start.
     """
@@ -93,10 +93,8 @@ class RowSoftmax(OperandQuantizer):
         dtype = torch.int8 if self.highest <= 127 else torch.uint8
         return [(self._codes(x, step, peak).to(dtype), step * peak)]
 
-    def module(
-        self, index: int | Tensor, layout: Callable[[Tensor], Tensor]
-    ) -> RowSoftmaxQuantizer:
-        return RowSoftmaxQuantizer(self.bits, self.at_hook(self.at(index), layout))
+    def module(self, index: int | Tensor, layout: Callable[[Tensor], Tensor]) -> NumeratorQuantizer:
+        return NumeratorQuantizer(self.bits, self.at_hook(self.at(index), layout))
 
     def _codes(self, x: Tensor, step: Tensor, peak: Tensor) -> Tensor:
         return torch.div(x, peak).div_(step).round_().clamp_(0, self.highest)
