@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptq4vit_plugin.algorithms.search import engine, gemm, objective
+from ptq4vit_plugin.algorithms.search import gemm, objective, problem, sampling
 from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
@@ -172,7 +172,7 @@ def test_same_choice_as_a_simple_loop(kind, granularity, metric):
 def test_chunk_size_does_not_matter(kind, metric, chunk, monkeypatch):
     op, a, b, arguments = random_op(kind)
     expected = search(op, a, b, metric=metric, **arguments)
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(problem, "CHUNK", chunk)
     result = search(op, a, b, metric=metric, **arguments)
     assert torch.equal(result.b_index, expected.b_index)
     assert result.after == pytest.approx(expected.after, rel=1e-5)
@@ -229,13 +229,13 @@ def test_rows_without_a_gradient_change_nothing(kind):
 def test_nothing_is_evaluated_twice(monkeypatch):
     op, a, b, arguments = random_op("linear")
     seen = []
-    loss = engine._Problem.loss
+    loss = problem.Problem.loss
 
     def record(self, a_index, b_index, searched, view):
         seen.append((tuple(a_index.flatten().tolist()), tuple(b_index.flatten().tolist())))
         return loss(self, a_index, b_index, searched, view)
 
-    monkeypatch.setattr(engine._Problem, "loss", record)
+    monkeypatch.setattr(problem.Problem, "loss", record)
     few = search(op, a, b, rounds=3, **arguments)
     assert len(seen) == len(set(seen))
     assert few.evaluations == len(seen) + 1  # the start is evaluated for its rows' losses
@@ -288,7 +288,7 @@ def test_integer_path_chooses_the_same(kind, granularity, metric, bits, monkeypa
     op, a, b, arguments = random_op(kind, bits, granularity)
     results = []
     for hardware in (False, True):
-        monkeypatch.setattr(engine, "has_int8_dot", lambda device, yes=hardware: yes)
+        monkeypatch.setattr(problem, "has_int8_dot", lambda device, yes=hardware: yes)
         results.append(search(op, a, b, metric=metric, **arguments))
     assert torch.equal(results[0].a_index, results[1].a_index)
     assert torch.equal(results[0].b_index, results[1].b_index)
@@ -342,20 +342,30 @@ def test_fast_finds_what_exhaustive_finds(kind, bits):
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_sampled_losses_estimate_the_whole(in_blocks):
     op, a, b, order = structured("linear", 6, seed=3)
-    problem = engine._prepare(op, {"a": a, "b": b}, "hessian", 1)
+    everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
     start = torch.full((1, 1, 1, 1), a.n), torch.full((1, 1, 1, 96), b.n)
-    rows = problem.row_loss(*start)
-    sample = problem.sample(engine.Stage(1 / 8, 64, 4), list(rows), in_blocks)
+    rows = everything.row_loss(*start, groups=3)
+    sample = everything.sample(1 / 8, 64, list(rows), in_blocks)
     assert sample.cost == pytest.approx(1 / 8, rel=0.01)
     elsewhere = torch.full((1, 1, 1, 1), 60), torch.full((1, 1, 1, 96), 70)
     view = objective.View("element")
-    whole = float(problem.loss(*elsewhere, "a", view).sum())
+    whole = float(everything.loss(*elsewhere, "a", view).sum())
     assert float(sample.loss(*elsewhere, "b", view).sum()) == pytest.approx(whole, rel=0.05)
+
+
+def test_every_second_column_has_its_own_loss():
+    op, a, b, _ = structured("linear", 6, seed=3)
+    everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
+    choice = torch.full((1, 1, 1, 1), 60), torch.arange(96).view(1, 1, 1, 96)
+    view = objective.View("element")
+    whole, half = (p.loss(*choice, "a", view) for p in (everything, everything.every(2)))
+    torch.testing.assert_close(half, whole[..., ::2])
+    assert everything.every(2).cost == everything.cost / 2
 
 
 def test_draw_takes_certain_items_once():
     importance = torch.tensor([[0.0, 1e6, 1.0, 1.0, 0.0, 2.0, 1e6, 1.0]])
-    index, factor = engine._draw(importance, 4)
+    index, factor = sampling.draw(importance, 4)
     assert {1, 6} <= set(index.flatten().tolist()) and len(set(index.flatten().tolist())) == 4
     assert factor.min() == 1 and torch.isfinite(factor).all()
 

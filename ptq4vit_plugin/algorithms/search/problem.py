@@ -1,0 +1,348 @@
+"""An op, all of it or a sample, whose loss can be evaluated at any choice of scales."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ptq4vit_plugin.algorithms.search.gemm import Gemm, Terms, difference
+from ptq4vit_plugin.algorithms.search.objective import (
+    View,
+    angle_loss,
+    error_loss,
+    error_weight,
+    is_angle,
+)
+from ptq4vit_plugin.algorithms.search.sampling import draw, shares
+from ptq4vit_plugin.integrations.device import has_int8_dot
+
+#: Elements of the output per chunk: 1 MB, which stays in a core's share of the last-level cache.
+CHUNK = 1 << 18
+#: A sample of more than this share of the rows is not worth making.
+MOST = 0.7
+
+
+class Grouping(Protocol):
+    """What the search needs of `ptq4vit_plugin.quantizers.base.Grouping`."""
+
+    shape: tuple[int, ...]
+    blocks: int
+
+    def sum(self, err: Tensor) -> Tensor: ...
+
+
+class Quantizer(Protocol):
+    """What the search needs of `ptq4vit_plugin.quantizers.base.OperandQuantizer`."""
+
+    n: int
+    grouping: Grouping
+
+    def fake_quantize(self, x: Tensor, index: Tensor | int) -> Tensor: ...
+
+    def terms(self, x: Tensor, index: Tensor | int) -> list[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass
+class Problem:
+    """An op, or a part of it, ready to be evaluated.
+
+    Attributes
+    ----------
+    a, b
+        Operands ``[B,H,N,I]`` and ``[B or 1,H,I,O]``. A weight stays whole when `step` or
+        `blocks` take it apart: its scales belong to its columns.
+    output
+        The full-precision product without bias, contiguous.
+    weight
+        Multiplies the error before it is squared (error metrics) or the loss of a row (angle
+        metrics).
+    images
+        Images that the N rows hold.
+    integer
+        Whether candidates are evaluated by integer products of codes.
+    cost
+        Output elements, as a share of the whole op's.
+    blocks
+        Column blocks that stand where the heads are, each with its own rows.
+    step
+        One output column in so many is evaluated.
+    """
+
+    metric: str
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    output: Tensor
+    weight: Tensor | None
+    images: int
+    quantizers: dict[str, Quantizer | None]
+    integer: bool
+    cost: float
+    blocks: int = 1
+    step: int = 1
+    _kept: dict[str, tuple[bytes, Terms]] = field(default_factory=dict)
+
+    # Evaluation -----------------------------------------------------------------------------------
+
+    def loss(
+        self, a_index: Tensor | None, b_index: Tensor | None, searched: str, view: View
+    ) -> Tensor:
+        """Loss per head, and per column as `view` says, ``[1,H,1,1 or O]``, float64.
+
+        `searched` names the operand that changes from call to call; the other is quantized once.
+        """
+        total: Tensor | None = None
+        for error, output, weight in self._errors(a_index, b_index, searched, view):
+            if is_angle(self.metric):
+                if self.bias is not None:
+                    output = output + self._of_columns(self.bias)
+                whole = error.shape[0] > 1 or self.output.shape[0] > 1
+                images = 1 if whole else error.shape[2] * self.images // self.output.shape[2]
+                part = angle_loss(self.metric, error, output, view, images, weight)
+            else:
+                part = error_loss(self.metric, error, view, weight)
+            total = part if total is None else total + part
+        assert total is not None
+        # Column blocks stand where heads do; they are columns again.
+        return total.flatten()[None, None, None] if self.blocks > 1 else total
+
+    def row_loss(
+        self, a_index: Tensor | None, b_index: Tensor | None, groups: int
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and gradient energy ``[B,H,N,G]`` of rows in G blocks of columns (error metrics)."""
+        losses, energies = [], []
+        for error, _, weight in self._errors(a_index, b_index, "a", View("head")):
+            energy = torch.ones_like(error) if weight is None else weight.square()
+            if weight is not None:
+                error.mul_(weight)
+            error = error.abs_() if self.metric == "l1" else error.square_()
+            losses.append(error.unflatten(3, (groups, -1)).sum(4).double())
+            energies.append(energy.unflatten(3, (groups, -1)).sum(4).double())
+        along = 0 if self.output.shape[0] > 1 else 2
+        return torch.cat(losses, along), torch.cat(energies, along)
+
+    def _errors(
+        self, a_index: Tensor | None, b_index: Tensor | None, searched: str, view: View
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield ``(error, output, weight)`` of every chunk at the given choice."""
+        batched = self.output.shape[0] > 1
+        a_whole = None if searched == "a" else self._whole("a", a_index)
+        # A weight is quantized once per candidate; a batched operand chunk by chunk.
+        b_whole = None if searched == "b" and batched else self._whole("b", b_index)
+        for images, rows in self._chunks(view):
+            if a_whole is None:
+                a = self._quantize("a", self.a[images, :, rows], a_index)
+            else:
+                a = [(codes[images, :, rows], scale) for codes, scale in a_whole]
+            if b_whole is None:
+                b = self._quantize("b", self.b[images], b_index)
+            else:
+                b = [(codes[images] if batched else codes, scale) for codes, scale in b_whole]
+            output = self.output[images, :, rows]
+            if not output.is_contiguous():
+                output = output.contiguous()
+            weight = None if self.weight is None else self.weight[images, :, rows]
+            yield difference(a, b, output), output, weight
+
+    def _quantize(self, operand: str, x: Tensor, index: Tensor | None) -> Terms:
+        quantizer = self.quantizers[operand]
+        if quantizer is None or index is None:
+            terms = [(x, None)]
+        elif self.integer:
+            terms = quantizer.terms(x, index)
+        else:
+            terms = [(quantizer.fake_quantize(x, index), None)]
+        if operand == "a":
+            return terms
+        return [
+            (self._of_columns(codes), None if scale is None else self._of_columns(scale))
+            for codes, scale in terms
+        ]
+
+    def _of_columns(self, x: Tensor) -> Tensor:
+        """The right operand, or a bias, as the evaluated columns or the column blocks need it."""
+        if x.shape[-1] > 1:
+            x = x[..., :: self.step]
+        if self.blocks > 1:
+            x = x.unflatten(3, (self.blocks, -1))[0, 0].transpose(0, 1)[None]
+        return x
+
+    def _whole(self, operand: str, index: Tensor | None) -> Terms:
+        """The quantized operand, kept until another choice is asked for."""
+        key = b"" if index is None else as_bytes(index)
+        kept = self._kept.get(operand)
+        if kept is None or kept[0] != key:
+            self._kept[operand] = (key, self._quantize(operand, getattr(self, operand), index))
+        return self._kept[operand][1]
+
+    def _chunks(self, view: View) -> list[tuple[slice, slice]]:
+        """Slices of the first and the third dimension whose outputs fit `CHUNK`."""
+        batch, heads, rows, columns = self.output.shape
+        if batch > 1:
+            step = max(1, CHUNK // (heads * rows * columns))
+            return [(slice(i, min(i + step, batch)), slice(None)) for i in range(0, batch, step)]
+        unit = rows // self.images if view.kind == "column" else 1
+        step = unit * max(1, CHUNK // (heads * columns * unit))
+        return [(slice(None), slice(i, min(i + step, rows))) for i in range(0, rows, step)]
+
+    # Parts ----------------------------------------------------------------------------------------
+
+    def sample(
+        self, fraction: float, least: int, rows_loss: Sequence[Tensor] | None, in_blocks: bool
+    ) -> "Problem | None":
+        """A sample of a fraction of the rows, but of `least` rows; None if that is most of them.
+
+        Error metrics (`rows_loss` from `row_loss`): rows that matter are likely to be drawn.
+        Batched ops draw images per head, then rows per image; `in_blocks` draws rows per column
+        block. Angle metrics: evenly spaced positions of every image.
+        """
+        batch, _, rows, columns = self.output.shape
+        fraction = max(fraction, least / (batch * rows))
+        if fraction > MOST:
+            return None
+        if rows_loss is None:
+            return self._spaced(fraction)
+        if batch > 1:
+            return self._sample_images(fraction, [x.sum(3) for x in rows_loss])
+        count = max(1, round(rows * fraction))
+        blocks = rows_loss[0].shape[3] if in_blocks else 1
+        if blocks == 1:  # the same rows for all columns and all groups of a convolution
+            chosen, factor = draw(shares([x.sum((0, 1, 3))[None] for x in rows_loss]), count)
+            index, factor = chosen[0], factor[0, :, None]
+            a, output = self.a[:, :, index], self.output[:, :, index]
+            weight = None if self.weight is None else self.weight[:, :, index]
+        else:
+            chosen, factor = draw(shares([x[0, 0].T for x in rows_loss]), count)
+            factor = factor[..., None]
+            a = self.a[0, 0][chosen][None]
+            column = torch.arange(columns, device=chosen.device).view(blocks, 1, -1)
+            output = self.output[0, 0][chosen[..., None], column][None]
+            weight = self.weight
+            if weight is not None:
+                weight = weight[0, 0][chosen[..., None], column][None]
+        return self._sampled(a, self.b, output, weight, factor, blocks)
+
+    def _sample_images(self, fraction: float, parts: list[Tensor]) -> "Problem":
+        """Images per head, then rows per image, by sizes of parts ``[B,H,N]``."""
+        batch, heads, rows = parts[0].shape
+        chosen, first = draw(
+            shares([x.sum(2).T for x in parts]), max(2, round(batch * fraction**0.5))
+        )
+        images, head = chosen.T, torch.arange(heads, device=chosen.device)
+        count = min(rows, max(1, round(rows * fraction * batch / len(images))))
+        chosen, second = draw(shares([x[images, head].flatten(0, 1) for x in parts]), count)
+        index = chosen.view(*images.shape, count)[..., None]
+
+        def pick(x: Tensor) -> Tensor:
+            return x[images, head].gather(2, index.expand(*index.shape[:3], x.shape[3]))
+
+        factor = (second.view(*images.shape, count) * first.T[..., None])[..., None]
+        weight = None if self.weight is None else pick(self.weight)
+        b = self.b[images, head]
+        return self._sampled(pick(self.a), b, pick(self.output), weight, factor)
+
+    def _sampled(
+        self,
+        a: Tensor,
+        b: Tensor,
+        output: Tensor,
+        weight: Tensor | None,
+        factor: Tensor,
+        blocks: int = 1,
+    ) -> "Problem":
+        factor = (factor if self.metric == "l1" else factor.sqrt()).float()
+        return replace(
+            self,
+            a=a,
+            b=b,
+            output=output,
+            weight=factor.expand(*output.shape[:3], 1) if weight is None else weight * factor,
+            integer=self.integer and blocks == 1,
+            cost=self.cost * output.numel() / self.output.numel(),
+            blocks=blocks,
+            _kept={},
+        )
+
+    def _spaced(self, fraction: float) -> "Problem":
+        rows = self.output.shape[2]
+        images = 1 if self.output.shape[0] > 1 else self.images
+        positions = rows // images
+        count = max(2, round(positions * fraction))
+        step = positions / count
+        inside = ((torch.arange(count, device=self.a.device) + 0.5) * step).long()
+        index = (torch.arange(images, device=self.a.device)[:, None] * positions + inside).flatten()
+        return replace(
+            self,
+            a=self.a[:, :, index],
+            output=self.output[:, :, index],
+            images=1,  # an image's few positions make a poor angle: take them all together
+            cost=self.cost * len(index) / rows,
+            _kept={},
+        )
+
+    def every(self, step: int) -> "Problem":
+        """The problem for one output column in so many (error metrics)."""
+        if step == 1:
+            return self
+        output = self.output[..., ::step].contiguous()
+        weight = self.weight
+        if weight is not None and weight.shape[3] > 1:
+            weight = weight[..., ::step].contiguous()
+        cost = self.cost * output.shape[3] / self.output.shape[3]
+        return replace(self, output=output, weight=weight, cost=cost, step=step, _kept={})
+
+
+def problem_of(
+    gemm: Gemm, quantizers: dict[str, Quantizer | None], metric: str, images: int
+) -> Problem:
+    """The problem on all data, without the rows that have no gradient.
+
+    Raises
+    ------
+    ValueError
+        Unknown metric, or one without its gradient.
+    """
+    bias = gemm.bias
+    whole = gemm.a.shape[:3].numel() * gemm.b.shape[3]
+    if metric == "hessian" and gemm.fisher is not None:
+        gemm = _without_dead_rows(gemm)
+    a, b, fisher = gemm.a.float(), gemm.b.float(), gemm.fisher
+    if b.shape[0] == 1 and a.shape[0] > 1:  # one weight for all images: rows of one GEMM
+        images = a.shape[0] if images == 1 else images
+        a = a.transpose(0, 1).flatten(1, 2)[None]
+        if fisher is not None:
+            fisher = fisher.transpose(0, 1).flatten(1, 2)[None]
+    output = torch.matmul(a, b)
+    weight = None
+    if not is_angle(metric):
+        weight = error_weight(metric, output if bias is None else output + bias, fisher)
+    both = all(quantizer is not None for quantizer in quantizers.values())
+    integer = both and a.shape[0] == 1 and has_int8_dot(a.device)
+    cost = output.numel() / whole
+    return Problem(metric, a, b, bias, output, weight, images, quantizers, integer, cost)
+
+
+def _without_dead_rows(gemm: Gemm) -> Gemm:
+    """Drop images and rows whose gradient is zero everywhere: they contribute exactly nothing.
+
+    One is kept if all are such.
+    """
+    assert gemm.fisher is not None
+    a, b, bias, fisher = gemm.a, gemm.b, gemm.bias, gemm.fisher
+    alive = fisher.amax(3) > 0
+    if not alive.any():
+        alive[0, 0, 0] = True
+    images, rows = alive.flatten(1).any(1), alive.flatten(0, 1).any(0)
+    if not rows.all():
+        a, fisher = a[:, :, rows], fisher[:, :, rows]
+    if not images.all():
+        a, fisher = a[images], fisher[images]
+        b = b if b.shape[0] == 1 else b[images]
+    return Gemm(a, b, bias, fisher)
+
+
+def as_bytes(index: Tensor) -> bytes:
+    """A choice of candidates as a key."""
+    return index.cpu().numpy().tobytes()
