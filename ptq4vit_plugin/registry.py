@@ -78,6 +78,11 @@ def find(group: str, name: str) -> Entry:
     return matches[0]
 
 
+def source_name(source: str) -> str:
+    """Return the name that a config's data source is registered by: ``hfds`` of ``hfds/<name>``."""
+    return source.partition("/")[0]
+
+
 def load(group: str, name: str) -> Any:
     """Import and return the thing registered as `name` in `group`.
 
