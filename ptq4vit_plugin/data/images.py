@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ptq4vit_plugin.errors import DataError
-from ptq4vit_plugin.integrations.timm.images import fixed_size, input_channels, one_line
+from ptq4vit_plugin.errors import DataError, one_line
+from ptq4vit_plugin.integrations.timm.images import fixed_size, input_channels
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ptq4vit_plugin.errors import DataError, nearest
-from ptq4vit_plugin.integrations.timm.images import SPLITS, one_line
+from ptq4vit_plugin.errors import DataError, nearest, one_line
+from ptq4vit_plugin.integrations.timm.images import SPLITS
 
 INFO = ("_info.json", "info.json")
 END = 1024  # zero bytes that end a tar file

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ptq4vit_plugin.data.images import Images, Transform, numbered
 from ptq4vit_plugin.data.sources.root import existing_root
-from ptq4vit_plugin.errors import DataError, nearest
-from ptq4vit_plugin.integrations.timm.images import one_line
+from ptq4vit_plugin.errors import DataError, nearest, one_line
 
 
 def npz(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ptq4vit_plugin.errors import DataError
-from ptq4vit_plugin.integrations.timm.images import one_line
+from ptq4vit_plugin.errors import DataError, one_line
 
 
 def existing_root(config: Any) -> Path:

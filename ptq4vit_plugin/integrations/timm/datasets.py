@@ -14,8 +14,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ptq4vit_plugin.errors import DataError
-from ptq4vit_plugin.integrations.timm.images import one_line
+from ptq4vit_plugin.errors import DataError, one_line
 
 #: What a name's prefix needs beside timm.
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets"}

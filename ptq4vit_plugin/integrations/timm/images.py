@@ -18,16 +18,11 @@ from timm.data import (
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import nn
 
-from ...errors import DataError, nearest
+from ...errors import DataError, nearest, one_line
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # timm's own synonyms for the folders of a data set
 SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks, as errors of the command line are one line."""
-    return " ".join(str(error).split())
 
 
 def input_channels(model: nn.Module) -> int | None:
