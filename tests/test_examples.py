@@ -94,6 +94,7 @@ def test_integer_weights_are_the_models_own_values(tmp_path):
     assert ((codes * scale - weight).abs() <= scale * 0.501)[inside].all()
     # A weight just below half-way between two codes has the code that the model gives it.
     hook = next(h for h in hooks(quantized) if h.op == "blocks.0.mlp.fc1.weight")
+    weight = dict(quantized.named_parameters())["blocks.0.mlp.fc1.weight"]
     with torch.no_grad():
         step = 2.0**-6
         hook.module.scale.fill_(step * hook.module.level_high)

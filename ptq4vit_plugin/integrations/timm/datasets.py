@@ -74,7 +74,7 @@ class TimmStream:
     names = None
 
     def __init__(self, dataset: IterableDataset):
-        reader = getattr(dataset, "reader", None)
+        reader = dataset.reader
         # Processes share the images by number (`data.loader`); the reader must not divide again.
         reader.dist_rank, reader.dist_num_replicas = 0, 1
         known = getattr(reader, "class_to_idx", None)
