@@ -25,7 +25,9 @@ from ptq4vit_plugin.record import QuantizationRecord, record_of
 
 CHECKPOINT = "model.safetensors"
 CARD = "README.md"
+# timm's prefixes of model names
 HUB = ("hf-hub:", "hf_hub:")
+LOCAL = "local-dir:"
 
 
 def save(
@@ -76,8 +78,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Parameters
     ----------
     path
-        A ``.safetensors`` file, a folder with ``model.safetensors``, or
-        ``hf-hub:<user>/<name>[@<revision>]`` on the Hugging Face hub (timm's ``hf_hub:`` too).
+        A ``.safetensors`` file, a folder with ``model.safetensors``, or a name like timm's:
+        ``hf-hub:<user>/<name>[@<revision>]`` (or ``hf_hub:``) on the Hugging Face hub,
+        ``local-dir:<folder>``.
     model
         See `checkpoint.load`.
 
@@ -106,7 +109,7 @@ def locate(path: str | Path) -> Path:
         except (OSError, HfHubHTTPError, HFValidationError) as error:
             detail = " ".join(str(error).split())[:300]
             raise CheckpointError(f"'{path}' cannot be had from the hub: {detail}") from error
-    path = Path(path)
+    path = Path(str(path).removeprefix(LOCAL))
     return path / CHECKPOINT if path.is_dir() else path
 
 
@@ -197,6 +200,8 @@ def card(
         lines += ["", f"On {metrics.images} images{where}; top-1 with its 95 % interval.", ""]
     if record is not None:
         lines += ["## Where the scales come from", "", *_provenance(record, config), ""]
+    if config is not None:
+        lines += ["## Config", "", "```yaml", _public(config), "```", ""]
     lines += [
         "## Licence of the weights",
         "",
@@ -215,6 +220,13 @@ def card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _public(config: dict[str, Any]) -> str:
+    """A run's config as YAML, without the folders of the machine that it ran on."""
+    sections = {key: value for key, value in config.items() if key != "output"}
+    sections["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    return yaml.safe_dump(sections, sort_keys=False).strip()
 
 
 def _provenance(record: QuantizationRecord, config: dict[str, Any] | None) -> list[str]:

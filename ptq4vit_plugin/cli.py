@@ -206,6 +206,10 @@ def sweep(
         list[str] | None,
         typer.Option("--set", help="Set a config key in all cells: key=value; may be repeated."),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for results, instead of the sweep file's."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Quantize and evaluate every combination of models, algorithms, bits and any config key.
@@ -218,7 +222,7 @@ def sweep(
     """
     from . import commands
 
-    commands.sweep(file, only or (), overrides or (), quiet)
+    commands.sweep(file, only or (), overrides or (), output, quiet)
 
 
 class _Format(str, Enum):

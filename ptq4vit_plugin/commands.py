@@ -31,7 +31,7 @@ from ptq4vit_plugin.exporting import export as export_model
 from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.files import output_folder, written_whole
 from ptq4vit_plugin.integrations.device import local_device
-from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks
+from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks, wait_for_all
 from ptq4vit_plugin.integrations.nncf.kernels import compiled_meanwhile
 from ptq4vit_plugin.integrations.timm.images import open_image
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
@@ -160,12 +160,16 @@ def environment() -> dict[str, str]:
     }
 
 
-def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool) -> None:
+def sweep(
+    file: Path, only: Sequence[str], overrides: Sequence[str], output: Path | None, quiet: bool
+) -> None:
     """Run the cells of a grid that have no result yet; under torchrun this process's share.
 
     A cell that fails is reported and has no result, so that the next call tries it again.
     """
     described = sweeps.read(file)
+    if output is not None:
+        described = described.model_copy(update={"output": output})
     cells = sweeps.cells(described, only, overrides, str(file))
     folder = output_folder(described.output)
     path = folder / sweeps.RESULTS
@@ -181,9 +185,9 @@ def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool
         console.print(f"{who}{place}/{len(todo)} {cell.title}")
         try:
             done = run_config(cell.config, progress=not quiet)
-        except PTQ4ViTError as error:
+        except (PTQ4ViTError, RuntimeError) as error:  # the latter: torch's, out of memory too
             failed.append(cell)
-            print(f"{who}failed: {cell.title}: {error}", file=sys.stderr)
+            print(f"{who}failed: {cell.title}: {' '.join(str(error).split())}", file=sys.stderr)
             continue
         write_run(output_folder(cell.config.output), cell.config, done.results)
         sweeps.append(path, result_tables.line(cell, done.results))
@@ -192,8 +196,11 @@ def sweep(file: Path, only: Sequence[str], overrides: Sequence[str], quiet: bool
         rows = [row for row in sweeps.results(path) if row["key"] in keys]
         published = result_tables.read_published(described.published)
         print(result_tables.markdown(result_tables.compare(rows, published)), end="")
+    wait_for_all()  # torchrun ends all processes when one has failed
     if failed:
-        raise PTQ4ViTError(f"{len(failed)} of {len(todo)} cells failed; run it again to retry them")
+        raise PTQ4ViTError(
+            f"{who}{len(failed)} of {len(todo)} cells failed; run it again to retry them"
+        )
 
 
 def table(file: Path, form: str, published: Path | None) -> None:

@@ -4,6 +4,7 @@ Relative paths in a config are relative to the working directory, as on the comm
 """
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -69,7 +70,9 @@ class EvaluationConfig(_Section):
 class DataConfig(_Section):
     """Where images come from. `source(config, split, transform, **options)` makes the dataset."""
 
-    source: str = Field(description="registered data source: digits, folder, npz, ...")
+    source: str = Field(
+        description="registered data source: digits, folder, npz, tar, hfds/NAME, torch/NAME, ..."
+    )
     root: Path | None = Field(None, description="folder or file that the source reads")
     options: dict[str, Any] = Field({}, description="further arguments of the source")
     calibration: CalibrationConfig = CalibrationConfig()
@@ -78,13 +81,15 @@ class DataConfig(_Section):
     @field_validator("source")
     @classmethod
     def _registered(cls, source: str) -> str:
-        return registry.find("datasets", source).name
+        registry.find("datasets", registry.source_name(source))
+        return source
 
     @field_validator("options")
     @classmethod
     def _known(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if options and "source" in info.data:  # only then is the source imported
-            known = registry.options("datasets", registry.load("datasets", info.data["source"]))
+            name = registry.source_name(info.data["source"])
+            known = registry.options("datasets", registry.load("datasets", name))
             for key in options:
                 if key not in known:
                     raise ConfigError(_unknown_key("", key, known))
@@ -231,7 +236,8 @@ def schema(report: Callable[[str], object] = warnings.warn) -> dict[str, Any]:
         "anyOf": [*step["anyOf"], {"type": "array", "items": step, "minItems": 1}],
     }
     sources = sorted({entry.name for entry in registry.entries("datasets")})
-    definitions["DataConfig"]["properties"]["source"]["enum"] = sources
+    names = "|".join(map(re.escape, sources))
+    definitions["DataConfig"]["properties"]["source"]["pattern"] = f"^({names})(/.*)?$"
     return result
 
 

@@ -32,6 +32,11 @@ class RegistryError(PTQ4ViTError):
     """A registered name is unknown, ambiguous or does not load."""
 
 
+def one_line(error: Exception) -> str:
+    """An exception's message without line breaks, as errors of the command line are one line."""
+    return " ".join(str(error).split())
+
+
 def nearest(name: object, allowed: Iterable[str]) -> str:
     """Return a suggestion to append to an error message.
 

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .data import check_images
+from .data.batches import too_many_unreadable
+from .data.images import check_images
 from .errors import DataError, ModelError
 
 Z95 = 1.959963984540054  # standard normal quantile of 0.975
@@ -120,6 +121,8 @@ def evaluate(
     unreadable = list(getattr(loader, "unreadable", ()))
     if getattr(loader, "ranks", 1) > 1:
         unreadable = totals.gather(unreadable)
+        if len(unreadable) > loader.skip_unreadable:  # no process alone had too many
+            raise too_many_unreadable(unreadable, loader.skip_unreadable)
     if totals.images == 0:
         raise DataError("no images to evaluate on")
     return totals.metrics(tuple(unreadable))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from .errors import RegistryError, nearest
+from .errors import RegistryError, nearest, one_line
 
 GROUPS = ("algorithms", "quantizers", "exporters", "datasets")
 
@@ -78,6 +78,11 @@ def find(group: str, name: str) -> Entry:
     return matches[0]
 
 
+def source_name(source: str) -> str:
+    """Return the name that a config's data source is registered by: ``hfds`` of ``hfds/<name>``."""
+    return source.partition("/")[0]
+
+
 def load(group: str, name: str) -> Any:
     """Import and return the thing registered as `name` in `group`.
 
@@ -93,7 +98,7 @@ def load(group: str, name: str) -> Any:
     except Exception as error:  # other people's module: any exception can come out of its import
         raise RegistryError(
             f"{_singular(group)} '{name}' of {entry.distribution} {entry.version} "
-            f"({entry.value}) does not load: {type(error).__name__}: {_one_line(error)}"
+            f"({entry.value}) does not load: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -130,7 +135,3 @@ def _entry(point: EntryPoint) -> Entry:
 
 def _singular(group: str) -> str:
     return group.removesuffix("s")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -25,7 +25,9 @@ METRICS = Metrics(
 )
 CONFIG = {
     "model": {"name": "vit_tiny_patch16_224", "pretrained": True},
-    "data": {"source": "folder", "calibration": {"split": "train", "seed": 3}},
+    "data": {"source": "folder", "root": "/a", "calibration": {"split": "train", "seed": 3}},
+    "compression": [{"algorithm": "ptq4vit", "weights": {"bits": 5}}],
+    "output": "/home/me/runs",
 }
 
 
@@ -46,6 +48,7 @@ def test_a_folder_loads_bit_for_bit(quantized, folder):
     x = images(1, seed=7)[0]
     assert torch.equal(ptq.load(folder)(x), quantized(x))
     assert torch.equal(ptq.load(folder / "model.safetensors")(x), quantized(x))
+    assert torch.equal(ptq.load(f"local-dir:{folder}")(x), quantized(x))
 
 
 def test_the_card_says_accuracy_provenance_and_licence(folder):
@@ -64,6 +67,10 @@ def test_the_card_says_accuracy_provenance_and_licence(folder):
         "calibrated on 4 images",
     ):
         assert words in body, words
+    config = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert config["compression"] == CONFIG["compression"] and config["model"] == CONFIG["model"]
+    assert config["data"] == {key: CONFIG["data"][key] for key in ("source", "calibration")}
+    assert "/home/me" not in text  # folders of one's own are nobody's business
 
 
 def test_no_licence_is_claimed_for_other_weights(quantized, tmp_path):

@@ -223,7 +223,7 @@ def test_wrong_sections(tiny, write, sections, message):
 
 def test_unknown_data_source(tiny, write):
     message = error(write(changed(data={"source": "digit"})))
-    assert message.startswith("data.source: unknown dataset 'digit'; allowed: digits, folder, npz")
+    assert message.startswith("data.source: unknown dataset 'digit'; allowed: digits, folder, hf")
     assert message.endswith("; did you mean 'digits'?")
 
 
@@ -415,5 +415,7 @@ def test_schema_has_every_algorithms_fields_and_notes_the_broken(tiny):
     assert (bits["minimum"], bits["maximum"]) == (2, 8)
     weights = definitions["algorithm.ptq4vit"]["properties"]["weights"]
     assert weights.get("$ref", "#/$defs/ptq4vit.").startswith("#/$defs/ptq4vit.")
-    assert "digits" in definitions["DataConfig"]["properties"]["source"]["enum"]
+    pattern = definitions["DataConfig"]["properties"]["source"]["pattern"]
+    assert re.search(pattern, "digits") and re.search(pattern, "hfds/a/b")
+    assert not re.search(pattern, "digit") and not re.search(pattern, "hfdsx/a")
     json.dumps(found)

@@ -1,6 +1,10 @@
 """Data sources, subsets, batches, and every way in which images can be bad."""
 
+import io
+import json
+import struct
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,20 +13,25 @@ import timm
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
+from timm.data import create_dataset
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from ptq4vit_plugin.data import (
     UnreadableImage,
     calibration_images,
     check_images,
-    folder,
     loader,
-    npz,
     open_dataset,
     selection,
 )
-from ptq4vit_plugin.errors import DataError
-from ptq4vit_plugin.integrations.timm.images import image_transform
+from ptq4vit_plugin.data.sources.arrays import npz
+from ptq4vit_plugin.data.sources.folder import folder
+from ptq4vit_plugin.errors import DataError, RegistryError
+from ptq4vit_plugin.integrations.timm import datasets
+from ptq4vit_plugin.integrations.timm.images import image_transform, imagenet_wnids
+
+MINI = Path(__file__).parent / "imagenet_mini"
 
 
 def small_model(**changes):
@@ -96,7 +105,7 @@ def test_digits_split_is_80_20_without_overlap():
     val = open_dataset(section("digits"), "val", model)
     assert (len(train), len(val)) == (1438, 359)
     assert not set(train.names) & set(val.names)
-    assert set(train.labels) == set(val.labels) == set(range(10))
+    assert {label for _, label in val} == set(range(10))
     image, label = val[0]
     assert image.shape == (1, 16, 16) and image.dtype == torch.float32 and isinstance(label, int)
     # the committed model was trained on the rest, so these indices must never change
@@ -139,6 +148,31 @@ def test_a_subset_of_imagenet_is_labelled_by_wnid(tmp_path):
     model = small_model(num_classes=1000)
     _, labels = next(iter(loader(open_dataset(section("folder", tmp_path), "val", model))))
     assert labels.tolist() == list(expected.values())
+
+
+def test_photographs_of_imagenet_have_their_published_classes():
+    model = small_model(num_classes=1000)
+    val = open_dataset(section("folder", MINI), "val", model)
+    found = {name.split("/")[0]: label for name, (_, label) in zip(val.names, val, strict=True)}
+    assert found == {
+        "n01629819": 25,  # European fire salamander
+        "n02097658": 201,  # silky terrier
+        "n02276258": 321,  # admiral
+        "n03196217": 530,  # digital clock
+        "n03891251": 703,  # park bench
+        "n04366367": 839,  # suspension bridge
+    }
+    # The other split has other classes; calibration takes it with the same test transform.
+    train = open_dataset(section("folder", MINI), "train", model)
+    assert not {name.split("/")[0] for name in train.names} & found.keys()
+    chosen = np.random.RandomState(3).permutation(6)[:4]
+    files = sorted((MINI / "train").rglob("*.JPEG"))
+    transform = timm.data.create_transform(
+        **{**timm.data.resolve_model_data_config(model), "input_size": (3, 16, 16)}
+    )
+    expected = torch.stack([transform(Image.open(files[i]).convert("RGB")) for i in chosen])
+    (batch,) = calibration_images(train, 4, seed=3).get_inference_data()
+    assert torch.equal(batch, expected)
 
 
 def test_wnids_stay_plain_folders_for_a_model_of_as_many_classes(tmp_path):
@@ -206,33 +240,252 @@ def test_missing_root_and_empty_folder(tmp_path):
 # --- whatever timm opens -------------------------------------------------------------------------
 
 
-def test_a_tar_file_as_timm_opens_it(tmp_path):
+def test_a_tar_file_is_labelled_by_wnid(tmp_path):
     for value, wnid in enumerate(("n01440764", "n15075141", "n02123045")):
         write_image(tmp_path / "files" / wnid / f"{value}.png", 20 * value)
-    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+    with tarfile.open(tmp_path / "validation.tar", "w") as tar:
         tar.add(tmp_path / "files", arcname=".")
     model = small_model(num_classes=1000)
-    dataset = open_dataset(section("timm", tmp_path / "val.tar"), "val", model)
-    images, labels = next(iter(loader(dataset)))
-    found = {
-        label: float(image.mean()) for image, label in zip(images, labels.tolist(), strict=True)
-    }
     expected = {0: ready(0), 999: ready(20), 281: ready(40)}  # by wnid, not by position
-    assert found == pytest.approx(expected, abs=1e-5)
+    for root, split in ((tmp_path, "val"), (tmp_path / "validation.tar", "any")):
+        images, labels = next(iter(loader(open_dataset(section("tar", root), split, model))))
+        means = images.mean((1, 2, 3)).tolist()
+        assert dict(zip(labels.tolist(), means, strict=True)) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(DataError, match=r"no \.tar file of that name.*allowed: validation\.tar$"):
+        open_dataset(section("tar", tmp_path), "train", model)
 
 
-def test_a_corrupt_image_of_timms_is_named_and_not_replaced(photos):
+def test_torchvisions_folder_and_a_class_map(photos):
+    (photos / "classes.txt").write_text("dog\nfish\nbird\ncat\n")
+    config = section("torch/folder", photos, class_map="classes.txt")
+    dataset = open_dataset(config, "val", small_model(num_classes=4))
+    images, labels = next(iter(loader(dataset)))
+    assert labels.tolist() == [2, 2, 2, 3, 3, 3, 0, 0, 0]
+    expected = torch.tensor([ready(120 + 10 * i) for i in range(9)])
+    assert torch.allclose(images.mean((1, 2, 3)), expected, atol=1e-5)
+    assert dataset.names[:2] == ["torch/folder[0]", "torch/folder[1]"]
+
+
+def test_torchvisions_mnist(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, count in (("train", 5), ("t10k", 3)):
+        pixels = bytes(value for image in range(count) for value in [10 * image] * 28 * 28)
+        header = struct.pack(">4i", 2051, count, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels)
+        labels = struct.pack(">2i", 2049, count) + bytes(range(count))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    model = small_model(num_classes=10, in_chans=1)
+    assert len(open_dataset(section("torch/mnist", tmp_path), "train", model)) == 5
+    dataset = open_dataset(section("torch/mnist", tmp_path), "val", model)
+    images, labels = next(iter(loader(dataset)))
+    assert labels.tolist() == [0, 1, 2]
+    means = torch.tensor([ready(0), ready(10), ready(20)])
+    assert torch.allclose(images.mean((1, 2, 3)), means, atol=1e-5)
+
+
+def test_torchvisions_imagenet_has_several_names_for_a_class(tmp_path):
+    wnids = imagenet_wnids(1000)
+    names = {wnid: (f"name {index}", f"synonym {index}") for index, wnid in enumerate(wnids)}
+    torch.save((names, []), tmp_path / "meta.bin")
+    for wnid in wnids:
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+        (tmp_path / "val" / wnid / "a.png").symlink_to(tmp_path / "a.png")
+    write_image(tmp_path / "a.png", 9)
+    dataset = open_dataset(
+        section("torch/imagenet", tmp_path), "val", small_model(num_classes=1000)
+    )
+    assert [dataset[index][1] for index in (0, 281, 999)] == [0, 281, 999]
+    loader(dataset)  # no complaint about 2,000 classes
+
+
+@pytest.mark.parametrize(
+    ("source", "package"),
+    [
+        ("hfds/a/b", "datasets"),
+        ("hfids/a", "datasets"),
+        ("tfds/mnist", "tensorflow_datasets"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(monkeypatch, source, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=f"'{source}' needs the package {package}: pip install"):
+        open_dataset(section(source), "train", small_model())
+
+
+def test_a_hugging_face_data_set_of_local_files(photos, tmp_path_factory):
+    pytest.importorskip("datasets", reason="the package datasets is not installed")
+    source, cache = f"hfds/{photos}", tmp_path_factory.mktemp("cache")
     (photos / "val" / "cat" / "1.png").write_bytes(b"no image")
-    dataset = open_dataset(section("timm", photos), "val", small_model())
+    dataset = open_dataset(section(source, cache), "validation", small_model())
     batches = loader(dataset, skip_unreadable=1)
-    assert sum(len(labels) for _, labels in batches) == 8
-    (name,) = batches.unreadable
-    assert name.endswith("cat/1.png")
+    images, labels = next(iter(batches))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    expected = torch.tensor([ready(120 + 10 * i) for i in range(9) if i != 4])
+    assert torch.allclose(images.mean((1, 2, 3)), expected, atol=1e-5)
+    assert batches.unreadable == [f"{source}[4]"]
+    stream = open_dataset(section(f"hfids/{photos}", cache), "train", small_model())
+    assert (
+        len(stream) == 12 and next(iter(loader(stream)))[1].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    )
 
 
 def test_what_timm_cannot_open(tmp_path):
     with pytest.raises(DataError, match="cannot open data set 'torch/nothing'"):
-        open_dataset(section("timm", tmp_path, name="torch/nothing"), "val", small_model())
+        open_dataset(section("torch/nothing", tmp_path), "val", small_model())
+    with pytest.raises(RegistryError, match="unknown dataset 'hdfs'.*did you mean 'hfds'"):
+        open_dataset(section("hdfs/a", tmp_path), "val", small_model())
+
+
+class Stream(IterableDataset):
+    """Twelve images as a stream of timm's; counts how often it is started and what it decodes."""
+
+    def __init__(self, length=12):
+        self.reader = SimpleNamespace(class_to_idx={"a": 0, "b": 1, "c": 2}, dist_num_replicas=2)
+        self.length, self.starts, self.decoded = length, 0, 0
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        self.starts += 1
+        for number in range(12):
+            self.decoded += 1
+            yield Image.new("L", (16, 16), 20 * number), number % 3
+
+
+@pytest.mark.parametrize("length", [12, 0])  # 0: the stream does not say
+def test_a_stream_is_gone_through_in_its_order(monkeypatch, length):
+    stream = Stream(length)
+    monkeypatch.setattr(datasets, "create_dataset", lambda *args, **options: stream)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    dataset = open_dataset(section("tfds/x"), "train", small_model(in_chans=1))
+    assert len(dataset) == 12 and stream.reader.dist_num_replicas == 1
+    stream.starts = stream.decoded = 0
+    labels = [number for _, some in loader(dataset, 5) for number in some.tolist()]
+    assert labels == [number % 3 for number in range(12)]
+    assert (stream.starts, stream.decoded) == (1, 12)
+    # A seeded subset, in its own order, of one pass.
+    chosen = np.random.RandomState(5).permutation(12)[:7]
+    batch = next(iter(calibration_images(dataset, 7, seed=5).get_inference_data()))
+    means = torch.tensor([ready(20 * number) for number in chosen])
+    assert torch.allclose(batch.mean((1, 2, 3)), means.float(), atol=1e-5)
+    assert (stream.starts, stream.decoded) == (2, 12 + max(chosen) + 1)
+    with pytest.raises(DataError, match=r"allowed: data\.evaluation\.workers 0$"):
+        next(iter(loader(dataset, workers=1)))
+
+
+def test_a_stream_that_breaks(monkeypatch):
+    monkeypatch.setattr(datasets, "create_dataset", lambda *args, **options: Stream(13))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    dataset = open_dataset(section("tfds/x"), "train", small_model(in_chans=1))
+    with pytest.raises(DataError, match="the stream breaks at image 12 of 13: it ends"):
+        list(loader(dataset, skip_unreadable=9))
+
+
+# --- WebDataset shards ---------------------------------------------------------------------------
+
+
+def add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def encoded(value):
+    out = io.BytesIO()
+    Image.new("RGB", (20, 20), (value,) * 3).save(out, "png")
+    return out.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards of four samples, image and label and json, every image of another grey value."""
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"tiny-train-{shard:02d}.tar", "w") as tar:
+            for number in range(4 * shard, 4 * shard + 4):
+                add(tar, f"s/{number:02d}.cls", str(number % 3).encode())
+                add(tar, f"s/{number:02d}.PNG", encoded(20 * number))
+                add(tar, f"s/{number:02d}.json", json.dumps({"other": 2 - number % 3}).encode())
+    return tmp_path
+
+
+def grey_values(dataset):
+    images, labels = next(iter(loader(dataset)))
+    values = 255 * (images.mean((1, 2, 3)) * 0.5 + 0.5)
+    return [round(value) for value in values.tolist()], labels.tolist()
+
+
+def test_shards_are_read_like_files(shards):
+    dataset = open_dataset(section("wds/tiny", shards), "train", small_model())
+    assert dataset.names[5] == "tiny-train-01.tar:s/05" and len(dataset) == 12
+    numbers = list(range(12))
+    assert grey_values(dataset) == ([20 * n for n in numbers], [n % 3 for n in numbers])
+    other = section("wds/tiny", shards, target_key="other")
+    _, labels = grey_values(open_dataset(other, "train", small_model()))
+    assert labels == [2 - n % 3 for n in numbers]
+
+
+@pytest.mark.parametrize(
+    ("split", "values"),
+    [
+        ("tiny-train-{01..02}.tar", range(80, 240, 20)),
+        ("tiny-train-01.tar::tiny-train-00.tar", [*range(80, 160, 20), *range(0, 80, 20)]),
+        ("few", range(160, 240, 20)),
+    ],
+)
+def test_splits_of_shards(shards, split, values):
+    info = {"splits": {"few": {"filenames": ["tiny-train-02.tar"], "alt_label": "other"}}}
+    (shards / "_info.json").write_text(json.dumps(info))
+    found, labels = grey_values(open_dataset(section("wds/", shards), split, small_model()))
+    assert found == list(values)
+    sign = (lambda n: 2 - n % 3) if split == "few" else (lambda n: n % 3)
+    assert labels == [sign(value // 20) for value in found]
+
+
+def test_what_is_wrong_with_shards(shards):
+    model = small_model()
+    with pytest.raises(DataError, match="'test': no shards of that name.*tiny-train-00.tar"):
+        open_dataset(section("wds/", shards), "test", model)
+    with pytest.raises(DataError, match="no shard tiny-train-03.tar in"):
+        open_dataset(section("wds/", shards), "tiny-train-{02..03}.tar", model)
+    with pytest.raises(DataError, match="needs a folder of shards"):
+        open_dataset(section("wds/", shards / "tiny-train-00.tar"), "train", model)
+    whole = (shards / "tiny-train-01.tar").read_bytes()
+    (shards / "tiny-train-01.tar").write_bytes(whole[:2500])
+    with pytest.raises(DataError, match=r"tiny-train-01\.tar is not a whole \.tar file"):
+        open_dataset(section("wds/", shards), "train", model)
+
+
+def test_corrupt_images_of_a_shard_are_named_and_the_subset_does_not_depend_on_order(tmp_path):
+    numbers = list(range(10))
+    for name, order in (("a", numbers), ("b", numbers[::-1])):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "val.tar", "w") as tar:
+            for number in order:
+                image = b"no image" if number in (2, 7) else encoded(20 * number)
+                add(tar, f"{number}.png", image)
+                add(tar, f"{number}.cls", b"1")
+    a, b = (
+        open_dataset(section("wds/", tmp_path / name), "val", small_model()) for name in ("a", "b")
+    )
+    with pytest.raises(DataError, match=r"2 unreadable.*val\.tar:2 .*val\.tar:7"):
+        list(loader(a))
+    batches = loader(a, 4, skip_unreadable=2, workers=1)
+    assert sum(len(labels) for _, labels in batches) == 8
+    assert batches.unreadable == ["val.tar:2", "val.tar:7"]
+    one, two = (calibration_images(x, 6, skip_unreadable=2).get_inference_data() for x in (a, b))
+    assert torch.equal(torch.cat(list(one)), torch.cat(list(two)))
+
+
+def test_shards_are_what_timm_reads_from_them(shards):
+    pytest.importorskip("webdataset", reason="the package webdataset is not installed")
+    stream = create_dataset(
+        "wds/tiny", root=str(shards), split="tiny-train-{00..02}.tar", is_training=False
+    )
+    expected = [(np.asarray(image).mean(), label) for image, label in stream]
+    found = open_dataset(section("wds/tiny", shards), "train", small_model())
+    assert list(zip(*grey_values(found), strict=True)) == expected
 
 
 # --- unreadable images ---------------------------------------------------------------------------

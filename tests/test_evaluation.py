@@ -4,13 +4,17 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ptq4vit_plugin.data import loader, open_dataset
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.evaluation import evaluate, wilson_interval
 
@@ -64,6 +68,36 @@ def test_evaluation_equals_a_plain_loop_over_500_images():
     assert found.sqnr_db == pytest.approx(float(sqnr), abs=1e-9)
     assert found.images_per_second > 0 and found.unreadable == ()
     assert found.top1_interval[0] < found.top1 < found.top1_interval[1]
+
+
+def test_500_files_three_of_them_corrupt(tmp_path):
+    rng = np.random.RandomState(0)
+    corrupt = {"b/0007.png": b"", "b/0250.png": b"<html>404</html>", "c/0497.png": None}
+    pixels, labels = [], []
+    for number in range(500):
+        name = f"{'abc'[number % 3]}/{number:04d}.png"
+        path = tmp_path / "val" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey = rng.randint(0, 256, (4, 4)).astype(np.uint8)
+        Image.fromarray(grey).save(path)
+        if name in corrupt:
+            path.write_bytes(path.read_bytes()[:50] if corrupt[name] is None else corrupt[name])
+        else:
+            pixels.append(grey)
+            labels.append(number % 3)
+    args = dict(img_size=4, patch_size=2, embed_dim=8, depth=1, num_heads=1, num_classes=3)
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", in_chans=1, **args).eval()
+    with torch.no_grad():
+        logits = model((torch.tensor(np.stack(pixels))[:, None] / 255 - 0.5) / 0.5)
+    correct = sum(int(row.argmax()) == label for row, label in zip(logits, labels, strict=True))
+    data = open_dataset(SimpleNamespace(source="folder", root=tmp_path, options={}), "val", model)
+    found = evaluate(model, loader(data, 64, skip_unreadable=3))
+    assert found.images == 497 and found.top1 == 100 * correct / 497
+    assert sorted(found.unreadable) == sorted(corrupt)
+    with pytest.raises(DataError, match=r"3 unreadable images \(allowed: 2\)") as error:
+        evaluate(model, loader(data, 500, skip_unreadable=2))
+    assert [name for name in data.names if name in str(error.value)] == sorted(corrupt)
 
 
 def test_no_reference_and_few_classes():
@@ -170,6 +204,10 @@ if ranks > 1:
 batches = loader(Data(), 4, skip_unreadable=2, share=(rank, ranks))
 metrics = evaluate(model, batches, reference)
 print(metrics.model_dump_json(exclude={"images_per_second"}))
+try:
+    evaluate(model, loader(Data(), 4, skip_unreadable=1, share=(rank, ranks)))
+except ValueError as error:
+    print(error)
 """
 
 
@@ -179,7 +217,10 @@ def test_two_processes_measure_what_one_does(tmp_path):
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     started = [start(), start("2", "0"), start("2", "1")]
-    one, first, second = (json.loads(p.communicate(timeout=300)[0]) for p in started)
+    outputs = [process.communicate(timeout=300)[0].splitlines() for process in started]
+    one, first, second = (json.loads(lines[0]) for lines in outputs)
+    for _, complaint in outputs:  # in two processes, too, where each has one
+        assert complaint.startswith("2 unreadable images (allowed: 1): ")
     assert first == second
     assert one["images"] == 21 and one["reference_top1"] is not None
     assert sorted(first.pop("unreadable")) == one.pop("unreadable") == ["image04", "image09"]

@@ -12,6 +12,7 @@ import torch
 from models import images, small_vit
 
 import ptq4vit_plugin as ptq
+from ptq4vit_plugin.integrations.nncf.hooks import hooks
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -91,6 +92,18 @@ def test_integer_weights_are_the_models_own_values(tmp_path):
     assert codes.min() >= -16 and codes.max() <= 15
     inside = (codes > -16) & (codes < 15)
     assert ((codes * scale - weight).abs() <= scale * 0.501)[inside].all()
+    # A weight just below half-way between two codes has the code that the model gives it.
+    hook = next(h for h in hooks(quantized) if h.op == "blocks.0.mlp.fc1.weight")
+    weight = dict(quantized.named_parameters())["blocks.0.mlp.fc1.weight"]
+    with torch.no_grad():
+        step = 2.0**-6
+        hook.module.scale.fill_(step * hook.module.level_high)
+        halves = (torch.arange(weight.numel()) % 30 - 14.5) * step
+        weight.copy_(torch.nextafter(halves, torch.zeros(())).reshape(weight.shape))
+        own = hook.module(weight)
+    assert not torch.equal((weight / step).round() * step, own)
+    codes = integer_weights.integer_weights(quantized)["blocks.0.mlp.fc1.weight"]
+    assert torch.equal(codes * step, own)
     found = integer_weights.activation_codes(quantized, images(1)[0])
     softmax = found["blocks/0/attn/matmul/1", 0]
     assert softmax.dtype == torch.uint8 and softmax.shape == (4, 3, 17, 17)

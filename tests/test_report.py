@@ -108,6 +108,7 @@ def test_the_page_says_what_was_measured_and_loads_nothing(run):
         "listed in ignored_scopes",
         "the paper leaves the patch embedding's input in float",
         "Search curves",
+        "weights 8 bit, activations 8 bit",
     ):
         assert words in text, words
     # Three drawings' worth of panels: every block's softmax and GELU appear under their name.

@@ -4,6 +4,9 @@ import csv
 import io
 import itertools
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,26 +194,38 @@ def test_killed_and_restarted_no_cell_is_lost_or_repeated(tmp_path):
     assert rows(tmp_path) == after
 
 
-def test_two_ranks_give_the_rows_of_one(tmp_path, monkeypatch):
+def test_two_ranks_give_the_rows_of_one(tmp_path):
+    """Under torchrun, and a cell that fails in one process does not end the other."""
     one, two = tmp_path / "one", tmp_path / "two"
-    grid = {**tiny(one)["grid"], "model.name": ["vit_tiny_patch16_224"]}
+    grid = {
+        "model.name": ["vit_tiny_patch16_224"],
+        "data.calibration.samples": [5000, 4, 3],
+        "compression.algorithm": ["ptq4vit"],
+    }
     for folder in (one, two):
         folder.mkdir()
         write(folder, tiny(folder, grid=grid))
-    assert call("sweep", one / "sweep.yaml").exit_code == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, done in ((1, 2), (0, 4)):
-        monkeypatch.setenv("RANK", str(rank))
-        assert call("sweep", two / "sweep.yaml").exit_code == 0
-        assert len(rows(two)) == done
+    assert call("sweep", one / "sweep.yaml").exit_code == 2
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["ptq4vit_plugin", "sweep", two / "sweep.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    assert "error: rank 0: 1 of 2 cells failed" in done.stderr
+    assert "rank 1: 1 cells" in done.stderr
 
     def sorted_rows(folder):
         found = rows(folder)
         for row in found:
-            del row["config"]["output"]
+            del row["config"]["output"], row["environment"]["threads"]
         return sorted(found, key=lambda row: row["key"])
 
-    assert sorted_rows(one) == sorted_rows(two)
+    assert len(rows(one)) == 2 and sorted_rows(one) == sorted_rows(two)
 
 
 def test_a_cell_that_fails_is_told_and_tried_again(tmp_path):
@@ -356,6 +371,31 @@ def test_the_papers_grid_is_complete_and_has_its_published_numbers(published, mo
         assert name in timm.list_pretrained()
 
 
+def test_the_papers_sweep_runs_from_a_clone_to_its_table(tmp_path, monkeypatch):
+    """As the file's own comment says, with the models' sizes cut down, and without reports."""
+    monkeypatch.setattr("ptq4vit_plugin.reporting.report.NEEDED", ("no_such_package",))
+    shutil.copytree(IMAGENET, tmp_path / "examples" / "imagenet")
+    monkeypatch.chdir(tmp_path)
+    size = {"img_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    done = call(
+        *("sweep", "examples/imagenet/test_all.yaml", "--output", "runs/try", "--quiet"),
+        *("--only", "model.name=vit_small_patch32*,deit_small*", "--only", "bits=W6A6"),
+        *("--set", "model.pretrained=false", "--set", f"model.args={json.dumps(size)}"),
+        *("--set", f"data.root={ROOT / 'tests' / 'imagenet_mini'}"),
+        *("--set", "data.calibration.samples=4", "--set", "data.evaluation.samples=5"),
+        *("--set", "compression.rounds=1", "--set", "compression.search_range.n=4"),
+    )
+    assert done.exit_code == 0, done.output
+    results = tmp_path / "runs" / "try" / "results.jsonl"
+    assert len(sweeps.results(results)) == 4
+    table = call("table", results, "--published", "examples/imagenet/published.csv")
+    assert table.stdout == done.stdout
+    header, _, *body = table.stdout.splitlines()
+    assert header == "| model | float | base_ptq W6A6 | ptq4vit W6A6 |"
+    assert len(body) == 2
+    assert re.search(r"\(75\.99, [+-]\d+\.\d\d\)", body[0])  # the published float ViT-S/32
+
+
 def test_every_ablation_row_switches_exactly_what_it_names(published, monkeypatch):
     monkeypatch.chdir(ROOT)
     sweep = sweeps.read(IMAGENET / "ablation.yaml")
@@ -394,12 +434,13 @@ def test_pretrained_reaches_the_right_hub_repository(monkeypatch):
         raise OSError("no network in this test")
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", intercept)
-    for name in ("vit_small_patch32_224.augreg_in21k_ft_in1k", "deit_small_patch16_224.fb_in1k"):
+    monkeypatch.chdir(ROOT)
+    vit = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    swin = {"embed_dim": 24, "depths": [1], "num_heads": [2]}
+    names = sweeps.read(IMAGENET / "test_all.yaml").grid["model.name"]
+    for name in names:
+        recipe = Recipe(name=name, args=swin if name.startswith("swin") else vit)
         with pytest.raises(ModelError, match="pretrained weights .* cannot be had"):
-            create(Recipe(name=name), pretrained=True)
+            create(recipe, pretrained=True)
         assert {repository for repository, _ in asked} == {f"timm/{name}"}
         asked.clear()
-    # The other nine would be asked for in the same way.
-    monkeypatch.chdir(ROOT)
-    for name in sweeps.read(IMAGENET / "test_all.yaml").grid["model.name"]:
-        assert timm.get_pretrained_cfg(name).hf_hub_id in (f"timm/{name}", "timm/")

@@ -12,7 +12,6 @@ of a folder.
 import argparse
 from types import SimpleNamespace
 
-import timm
 import torch
 from rich import box
 from rich.console import Console
@@ -23,15 +22,20 @@ from ptq4vit_plugin import load
 from ptq4vit_plugin.data import calibration_images, open_dataset
 from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.integrations.nncf.hooks import hooks
+from ptq4vit_plugin.integrations.timm.images import image_transform
 
 
-def integer_codes(quantizer, x):
-    """Codes of `x`, and the scale to multiply them with (None for twin quantizers)."""
+def integer_codes(quantizer, x, quantized):
+    """Codes of `x`, and the scale to multiply them with (None for twin quantizers).
+
+    `quantized` is what the quantizer makes of `x`: a value half-way between two codes is rounded as
+    it was there.
+    """
     if hasattr(quantizer, "to_codes"):  # a twin: int8 for GELU, uint8 with a range bit for softmax
         return quantizer.to_codes(x), None
     # NNCF's SymmetricQuantizer: its scale is the value of the highest level
     scale = (quantizer.scale / quantizer.level_high).detach()
-    codes = (x / scale).round().clamp(quantizer.level_low, quantizer.level_high)
+    codes = (quantized / scale).round()
     return codes.to(torch.int8 if quantizer.level_low < 0 else torch.uint8), scale
 
 
@@ -42,8 +46,9 @@ def integer_weights(model):
     for hook in hooks(model):
         if hook.op in parameters:
             weight = parameters[hook.op].detach()
-            codes, scale = integer_codes(hook.module, weight)
-            torch.testing.assert_close(codes * scale, hook.module(weight).detach())
+            quantized = hook.module(weight).detach()
+            codes, scale = integer_codes(hook.module, weight, quantized)
+            torch.testing.assert_close(codes * scale, quantized)
             tensors[hook.op] = codes.contiguous()
             tensors[f"{hook.op}.scale"] = scale.contiguous()
     return tensors
@@ -56,10 +61,10 @@ def activation_codes(model, images):
     for hook in hooks(model):
         if hook.when == "pre":
 
-            def see(module, inputs, place=(hook.op, hook.port)):
-                found[place] = integer_codes(module, inputs[0])[0]
+            def see(module, inputs, output, place=(hook.op, hook.port)):
+                found[place] = integer_codes(module, inputs[0], output)[0]
 
-            handles.append(hook.module.register_forward_pre_hook(see))
+            handles.append(hook.module.register_forward_hook(see))
     model(images)
     for handle in handles:
         handle.remove()
@@ -84,7 +89,8 @@ def main():
         drawn = calibration_images(open_dataset(folder, ".", model), samples=8)
         images = next(iter(drawn.get_inference_data()))
     else:
-        images = torch.randn(2, *timm.data.resolve_model_data_config(model)["input_size"])
+        own = image_transform(model)
+        images = torch.randn(2, own.channels, *own.size)
 
     table = Table("op", "input", "codes", "lowest", "highest", "zeros", box=box.SIMPLE_HEAD)
     for (op, port), codes in activation_codes(model, images).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -25,13 +26,21 @@ def process_group() -> Iterator[None]:
 
     Each collective runs on the backend of its tensor's device: gloo on CPU, nccl on CUDA.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if not _several() or dist.is_initialized():
         yield
         return
     dist.init_process_group()
     try:
         yield
     finally:
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Wait until all processes that ``torchrun`` started have come here, however long it takes."""
+    if _several():
+        dist.init_process_group("gloo", timeout=timedelta(days=365))
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -82,6 +91,10 @@ def _reduced(x: Tensor, how: dist.ReduceOp) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, how)
     return x
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _running() -> bool:

@@ -31,6 +31,8 @@ STYLE = {
     "grid.color": "#e6e6e6",
     "path.simplify": True,
 }
+#: Inches, for up to two dozen blocks and for more; the page is as wide as the latter.
+WIDTH, WIDE = 9.0, 11.25
 #: An SQNR to draw where there is no noise at all.
 CEILING_DB = 100.0
 
@@ -96,7 +98,7 @@ def _sensitivity(ops: Sequence[OpRecord]) -> str:
     total = sum(op.objective_after for op in ops) or 1.0
     shares = [100 * op.objective_after / total for op in ops]
     noise = [CEILING_DB if op.sqnr_db is None else min(op.sqnr_db, CEILING_DB) for op in ops]
-    figure = Figure(figsize=(max(9.0, 0.055 * len(ops)), 4.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH if len(ops) <= 150 else WIDE, 4.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     place = range(len(ops))
     above.bar(place, shares, color=colours, width=0.85)
@@ -120,9 +122,9 @@ def _sensitivity(ops: Sequence[OpRecord]) -> str:
 
 
 def _histograms(panels: Sequence[tuple[str, OperandRecord, Operand]], source: str) -> str:
-    columns = 4 if len(panels) <= 24 else 8
+    columns, width = (4, WIDTH) if len(panels) <= 24 else (6, WIDE)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(9.0 if columns == 4 else 14.0, 1.5 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(width, 1.5 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=source == "softmax").flat
     occupied = [
         edge
@@ -184,7 +186,7 @@ def _curves(ops: Sequence[OpRecord]) -> str:
         return ""
     columns = 4
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(9.0, 1.7 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.7 * rows + 0.3), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     blues = matplotlib.colormaps["Blues"]
     for axes, (title, curves) in zip(grid, panels.items(), strict=False):

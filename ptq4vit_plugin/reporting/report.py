@@ -92,6 +92,7 @@ def page(
         metrics=metrics,
         rows=_accuracy(metrics),
         record=record,
+        bits=_bits(record),
         worst=worst,
         floats=_floats(record),
         drawings=drawings,
@@ -124,6 +125,17 @@ def _accuracy(metrics: Metrics) -> list[tuple[str, str, str]]:
         ("unreadable images", "", f"{len(metrics.unreadable)}" if metrics.unreadable else None),
     ]
     return [(name, left, right) for name, left, right in rows if right is not None]
+
+
+def _bits(record: QuantizationRecord | None) -> str:
+    """The widths that occur, of weights and of activations."""
+    operands = [operand for op in record.ops for operand in op.operands] if record else []
+    parts = []
+    for name, weights in (("weights", True), ("activations", False)):
+        widths = {o.bits for o in operands if o.bits and (o.parameter is not None) == weights}
+        if widths:
+            parts.append(f"{name} {'/'.join(map(str, sorted(widths)))} bit")
+    return ", ".join(parts)
 
 
 def _floats(record: QuantizationRecord | None) -> list[tuple[str, str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,18 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from timm.data import (
     ImageNetInfo,
-    create_dataset,
     create_transform,
     infer_imagenet_subset,
     resolve_model_data_config,
 )
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import nn
-from torch.utils.data import IterableDataset
 
-from ...errors import DataError, nearest
+from ...errors import DataError, nearest, one_line
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # timm's own synonyms for the folders of a data set
 SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks, as errors of the command line are one line."""
-    return " ".join(str(error).split())
 
 
 def input_channels(model: nn.Module) -> int | None:
@@ -167,25 +159,30 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     return Preprocessing(**{name: config[name] for name in names}, labels=tuple(labels))
 
 
-def split_folder(root: Path, split: str) -> Path:
+def split_path(root: Path, split: str, suffix: str = "") -> Path:
     """Return the folder of a split: ``root/split`` or timm's synonym of it; ``.`` is `root` itself.
+    With a suffix, ``.tar``, the file of that name instead.
 
     Unlike timm this never falls back to `root`, which would mix the splits.
 
     Raises
     ------
     DataError
-        There is no such folder; the message lists those there are.
+        There is none; the message lists those there are.
     """
-    names = next((group for group in SPLITS if split in group), ())
-    for name in (split, *names):
-        if (root / name).is_dir():
-            return root / name
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    synonyms = next((group for group in SPLITS if split in group), ())
+    exists = Path.is_file if suffix else Path.is_dir
+    for name in (split, *synonyms):
+        path = root / f"{name}{suffix}"
+        if exists(path):
+            return path
+    kind = f"{suffix} file" if suffix else "folder"
+    there = sorted(path.name for path in root.glob(f"*{suffix}") if exists(path))
+    allowed = [", ".join(there[:10]) + (" ..." if len(there) > 10 else "")] if there else []
+    allowed += [] if suffix else [f"{'or ' if there else ''}'.' for the folder itself"]
     raise DataError(
-        f"data split '{split}': no folder of that name in {root}; allowed: "
-        f"{', '.join(folders[:10])}{' ...' if len(folders) > 10 else ''}"
-        f"{', ' if folders else ''}or '.' for the folder itself" + nearest(split, folders)
+        f"data split '{split}': no {kind} of that name in {root}; allowed: "
+        f"{', '.join(allowed) or 'none'}" + nearest(split, there)
     )
 
 
@@ -227,74 +224,6 @@ class ImageFiles:
         with Image.open(self.root / self.names[index]) as image:
             image.load()
             return image
-
-
-class TimmImages:
-    """A map-style data set that timm opened.
-
-    Attributes
-    ----------
-    names
-        What timm calls each image, or its number.
-    classes
-        Class names in the order of the labels, if timm's reader knows them.
-    """
-
-    def __init__(self, dataset: Any):
-        self._dataset = dataset
-        reader = getattr(dataset, "reader", None)
-        self._reader = reader
-        width = len(str(len(dataset)))
-        self.names = [f"{index:0{width}d}" for index in range(len(dataset))]
-        if reader is not None:
-            try:
-                self.names = [str(name) for name in reader.filenames()]
-            except (NotImplementedError, AssertionError, KeyError, ValueError):
-                pass  # not every source has file names
-        # timm's folder reader, its tar readers, and torchvision call it differently
-        owners = (
-            (reader, "class_to_idx"),
-            (reader, "class_name_to_idx"),
-            (dataset, "class_to_idx"),
-        )
-        known = next((getattr(x, key) for x, key in owners if getattr(x, key, None)), None)
-        self.classes = sorted(known, key=known.get) if known else None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
-        """Decode one image; raises whatever its decoder raises."""
-        if self._reader is None:  # torchvision's
-            return self._dataset[index]
-        image, label = self._reader[index]
-        if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        image.load()
-        return image, label
-
-
-def opened_by_timm(name: str, root: str | None, split: str, **options: Any) -> TimmImages:
-    """Open a data set with `timm.data.create_dataset`.
-
-    Raises
-    ------
-    DataError
-        timm cannot open it, or it is a stream.
-    """
-    try:
-        dataset = create_dataset(name, root=root, split=split, is_training=False, **options)
-    except Exception as error:  # other people's readers: any exception can come out of them
-        raise DataError(
-            f"timm cannot open data set '{name}' at {root}: {type(error).__name__}: "
-            f"{one_line(error)}"
-        ) from error
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        raise DataError(
-            f"data set '{name}' is a stream, from which no seeded subset can be drawn; allowed: "
-            "hfds/..., torch/..., tar files and folders"
-        )
-    return TimmImages(dataset)
 
 
 def imagenet_wnids(num_classes: int) -> Sequence[str] | None:

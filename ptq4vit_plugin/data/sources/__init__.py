@@ -1,0 +1,1 @@
+"""The data sources that come with the plugin, one file each."""
