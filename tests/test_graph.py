@@ -216,3 +216,47 @@ def test_fused_attention_without_a_switch_is_left_out_with_its_reason():
     found, left_out = find_ops(hooks.trace(Fused(), torch.randn(2, 1, 5, 4)), 2)
     assert [op.kind for op in found] == ["linear"]
     assert [op.kind for op in left_out] == ["scaled_dot_product_attention"]
+
+
+class Cut(nn.Module):
+    """Products whose first factor is made by a linear and a function, the second by the same."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.cut = cut
+
+    def forward(self, x):
+        q = self.cut(self.linear(x))
+        return q @ q.mT
+
+
+@pytest.mark.parametrize(
+    ("cut", "heads"),
+    [
+        # [images, tokens, channels] -> [images, heads, tokens, channels of a head]
+        (lambda y: y.reshape(2, 4, 3, 4).transpose(1, 2), 1),
+        (lambda y: y.view(2, 4, 3, 2, 2).permute(2, 0, 3, 1, 4)[0], 1),
+        # channel attention: tokens are the inner dimension
+        (lambda y: y.unflatten(-1, (3, 4)).permute(0, 2, 3, 1), 1),
+        # windows beside the heads, before and behind them
+        (lambda y: y.reshape(2, 2, 2, 3, 4).permute(0, 1, 3, 2, 4), 2),
+        (lambda y: y.reshape(2, 2, 2, 3, 4).permute(0, 3, 1, 2, 4), 1),
+        # heads spend some time in the batch
+        (
+            lambda y: torch.tanh(y.view(2, 4, 3, 4).transpose(1, 2).reshape(6, 4, 4)).view(
+                2, 3, 4, 4
+            ),
+            1,
+        ),
+        # blocks of tokens are no heads, nor is what is joined with the batch or moved out of it
+        (lambda y: y.reshape(2, 2, 2, 12), None),
+        (lambda y: y.view(2, 4, 3, 4).transpose(1, 2).reshape(6, 4, 4), None),
+        (lambda y: y.view(2, 4, 3, 4).permute(0, 2, 1, 3).reshape(6, 2, 2, 4), None),
+        (lambda y: y[:, None], None),
+    ],
+)
+def test_heads_are_cut_from_channels(cut, heads):
+    model = Cut(cut)
+    found, _ = find_ops(hooks.trace(model, torch.randn(2, 4, 12)), 2)
+    assert found[-1].kind == "matmul" and found[-1].heads == heads

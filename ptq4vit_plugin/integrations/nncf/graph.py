@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 
+from ptq4vit_plugin.integrations.nncf.heads import head_dimension
 from ptq4vit_plugin.plan import FoundOp, LeftOut, OpKind, Source
 
 # Functions that move, select or repeat numbers without changing any (padding adds zeros, which
@@ -192,6 +193,7 @@ def _describe(
         macs=macs,
         bias=bias.node_name if bias is not None and bias.node_type == "nncf_model_const" else None,
         convolution=_convolution(node) if kind == "conv2d" else {},
+        heads=head_dimension(graph, node, len(output_shape)) if kind == "matmul" else None,
     )
 
 
