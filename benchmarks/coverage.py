@@ -366,61 +366,90 @@ def write(results: dict[str, Any]) -> None:
 
 def page(results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of Markdown."""
-    whole = [r for r in rows.values() if works(r)]
-    export = [r for r in rows.values() if exports(r)]
+    modules = results["families"]
+    families = [m for m, name in modules.items() if name]
+    tried = [r for r in rows.values() if "openvino_seconds" in r or "openvino_db" in r]
+    attention = [r["counted"]["attention"] for r in rows.values() if "counted" in r]
     shares = [r["macs_quantized"] for r in rows.values() if "macs_quantized" in r]
     differences = [r["float_difference"] for r in rows.values() if "float_difference" in r]
-    doubles = [r["double_difference"] for r in rows.values() if r.get("double_difference")]
-    lines = [
+    folding = [r["folding_difference"] for r in rows.values() if "folding_difference" in r]
+    return [
         "# Coverage of timm's attention models",
         "",
-        "Written by `python benchmarks/coverage.py`; do not edit.",
+        "Written by `python benchmarks/coverage.py write`; do not edit. `survey`, `measure` and "
+        "`export` of the same script made the numbers.",
         "",
-        f"timm {timm.__version__} has {len(results['families'])} modules of models "
-        f"(`timm.models.list_modules()`); {len(rows)} have a model that multiplies two computed "
-        "tensors with each other, and are families here. Of each the smallest such model is taken, "
-        "with random weights (norms, layer scales and batch statistics random too), "
-        f"{CLASSES} classes and the smallest of the image sizes {SIZES[0]} ... {SIZES[-1]} that it "
-        f"accepts; those of more than {LARGE / 1e6:.0f} million parameters get two blocks where "
-        f"timm has an argument `depth`. Calibration and measurement: the same {IMAGES} random "
-        "images, W8A8, one round, "
-        f"{SHORT_SEARCH['search_range']['n']} candidates. Random models and images say what "
-        "works, not how good a trained model will be.",
+        "## How families are counted",
         "",
-        f"- quantized, evaluated, saved and loaded bit for bit: **{len(whole)} of {len(rows)}**",
+        f"timm {timm.__version__} has {len(modules)} modules of models "
+        "(`timm.models.list_modules()`). A module is a *family* here if one of its models, run on "
+        "one image, multiplies two tensors neither of which is a parameter (`matmul`, `bmm`, "
+        "`einsum`, `scaled_dot_product_attention` and their kin, seen by a `TorchFunctionMode`): "
+        "that is what attention does, whatever the class is called. Models of a module are tried "
+        "from the smallest on, one per pair of leading name parts. "
+        f"**{len(families)} modules** are families. The others: "
+        f"{', '.join(m for m in modules if not modules[m])}.",
+        "",
+        f"Of each family the smallest such model is taken, with {CLASSES} classes, random weights "
+        "(norms, layer scales and batch statistics random too), two blocks per stage where timm "
+        f"has an argument for that, and the smallest image size of {SIZES[0]} ... {SIZES[-1]} that "
+        f"it accepts. Calibration and measurement: the same {IMAGES} random images, W8A8, one "
+        f"round of {SHORT_SEARCH['search_range']['n']} candidates. Random models say what works, "
+        "not how good a trained model will be.",
+        "",
+        "## Result",
+        "",
+        f"- quantized, evaluated, saved and loaded with bit-identical logits: "
+        f"**{sum(map(works, rows.values()))} of {len(families)}**",
         f"- OpenVINO runs the quantized model with the same logits (at least {MATCHING_DB} dB): "
-        f"**{len(export)} of {len(rows)}**",
+        f"**{sum(map(exports, rows.values()))} of {len(tried)}** that were tried",
+        "- products before and after a softmax that are quantized, of those an independent count "
+        f"of calls found: **{sum(a for a, _ in attention)} of {sum(b for _, b in attention)}**",
         f"- mean share of multiply-accumulates quantized: **{sum(shares) / len(shares):.2%}**, "
         f"least {min(shares):.2%}",
-        f"- relative difference of float logits by preparing: at most **{max(differences):.1e}** "
-        f"in float32 ({sum(d <= 1e-5 for d in differences)} of {len(differences)} at most 1e-5), "
-        f"**{max(doubles):.1e}** in float64 ({len(doubles)} models that run in it)",
-        f"- planning a ViT-B/16 at 224: **{results['plan_vit_b_seconds']:.1f} s**",
+        "- largest relative difference of float logits made by preparing the model: "
+        f"**{max(differences):.1e}**; with batch norms folded into convolutions as well: "
+        f"{max(folding):.1e}",
+        f"- planning a ViT-B/16 at 224: **{results['plan_vit_b_seconds']:.1f} s** of CPU time",
         "",
         "Columns. *ops*: linears, convolutions and products that are quantized. *left out*: those "
-        "that are not. *found / called*: linears, convolutions and products in the plan against an "
-        "independent count of the calls that the model makes. *twins*: operands with the softmax "
-        "twin of softmax calls, and with the GELU twin. *MACs*: share of multiply-accumulates "
-        "with both operands quantized, in parentheses the plan's total over PyTorch's own FLOP "
-        "counter. *SQNR*: of the logits, in dB. *again*: loaded logits are bit for bit the same. "
-        "*OpenVINO*: SQNR of OpenVINO's logits against the quantized model's, in dB, traced by "
-        "`openvino.convert_model` and run without 8-bit kernels; ᵗ: with activation scales per "
-        "tensor, because OpenVINO's CPU plugin refuses some scales per head. *s*: all of this.",
+        "that are not. *found / called*: linears, convolutions, products, and products before or "
+        "after a softmax, in the plan against the independent count. *softmax*: softmax twins of "
+        "softmax calls; a softmax that is mixed with something else before its product has a "
+        "uniform quantizer. *GELU*: twins of functions with a small negative range. *MACs*: share "
+        "of multiply-accumulates with both operands quantized, in parentheses the plan's total "
+        "over PyTorch's own FLOP counter. *SQNR*: of the logits, in dB. *again*: the saved and "
+        "loaded model gives bit-identical logits. *OpenVINO*: SQNR of OpenVINO's logits against "
+        "the quantized model's, in dB, with one scale per tensor, traced by "
+        "`openvino.convert_model` and run without 8-bit kernels; ʰ: with a scale per head, which "
+        "OpenVINO's CPU plugin refuses for some models; ⁸: with 8-bit kernels. *s*: CPU seconds "
+        "for all of this.",
         "",
-        "| family | model | image | ops | left out | found / called | softmax twins | GELU twins "
-        "| MACs | SQNR | again | OpenVINO | s |",
+        "| family | model | image | ops | left out | found / called | softmax | GELU | MACs | SQNR "
+        "| again | OpenVINO | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(module, result) for module, result in rows.items()),
         "",
         "## What is left out, and failures",
         "",
+        *(line for module, result in rows.items() for line in remarks(module, result)),
     ]
-    for module, result in rows.items():
-        for reason, count in result.get("left_out", {}).items():
-            lines.append(f"- {module}: {count} op{'s' * (count > 1)}: {reason}")
-        for key in ("failure", "openvino_failure", "openvino_failure_with_heads"):
-            if key in result:
-                lines.append(f"- {module}: **{key.replace('_', ' ')}**: {result[key]}")
+
+
+def remarks(module: str, result: dict[str, Any]) -> list[str]:
+    """Reasons, one per line."""
+    lines = []
+    for reason, count in result.get("left_out", {}).items():
+        lines.append(f"- {module}: {count} op{'s' * (count > 1)}: {reason}")
+    for key in ("failure", "openvino_failure"):
+        if key in result:
+            lines.append(f"- {module}: **{key.replace('_', ' ')}**: {result[key]}")
+    if "openvino_int8_db" in result:
+        lines.append(
+            f"- {module}: without 8-bit kernels (`LP_TRANSFORMS_MODE: NO`) OpenVINO's logits are "
+            f"{result['openvino_db']:.1f} dB from the model's, with them "
+            f"{result['openvino_int8_db']:.1f} dB"
+        )
     return lines
 
 

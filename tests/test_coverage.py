@@ -22,13 +22,29 @@ from ptq4vit_plugin.record import record_of
 SMALL = {
     "talking heads, class attention": ("cait_xxs24_224", 32, dict(img_size=32, depth=2)),
     "rotary embedding, gated MLP": ("eva02_tiny_patch14_224", 28, dict(img_size=28, depth=2)),
+    "registers, QK-norm, layer scale, gated MLP, attention pooling": (
+        "vit_tiny_patch16_224",
+        32,
+        dict(
+            img_size=32,
+            patch_size=8,
+            depth=1,
+            embed_dim=24,
+            reg_tokens=2,
+            qk_norm=True,
+            init_values=1.0,
+            global_pool="map",
+            mlp_layer=timm.layers.SwiGLU,
+        ),
+    ),
+    "cross-covariance attention": ("xcit_nano_12_p16_224", 32, dict(img_size=32, depth=1)),
     "windows, cosine attention, computed bias": (
         "swinv2_tiny_window8_256",
         64,
         dict(img_size=64, depths=(1, 2), num_heads=(2, 4), embed_dim=16, window_size=4),
     ),
     "convolutions, batch norms, relative position": ("test_coatnet", 64, dict(img_size=64)),
-    "linear attention without softmax": ("efficientvit_b0", 64, {}),
+    "linear attention without softmax": ("efficientvit_b0", 32, dict(depths=(1, 1, 1, 1))),
     "modules called past their parents": (
         "twins_svt_small",
         64,

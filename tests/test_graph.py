@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.pipeline import plan
 from ptq4vit_plugin.plan import Source
 
 SMALL = {
@@ -114,6 +115,49 @@ def test_activations_written_out_are_recognised():
     found, _ = find_ops(hooks.trace(Quick(), torch.randn(2, 4)), 2)
     assert [op.sources[0].kind for op in found] == ["image", "silu", "gelu_tanh"]
     assert found[1].sources[0].minimum_scale == 1.702
+
+
+@pytest.mark.parametrize(
+    ("function", "lowest"),
+    [
+        (nn.GELU(), -0.16997),
+        (nn.GELU("tanh"), -0.17004),
+        (timm.layers.QuickGELU(), -0.27846 / 1.702),
+        (nn.SiLU(), -0.27846),
+        (nn.Hardswish(), -0.375),
+        (nn.Mish(), -0.30884),
+    ],
+)
+def test_twins_cover_the_minimum_of_the_function(function, lowest):
+    chosen = plan(Chain(nn.Linear(4, 4), function, nn.Linear(4, 4)), torch.randn(2, 4))
+    operand = chosen.ops[-1].operands[0]
+    assert operand.quantizer == "twin_gelu"
+    assert operand.options["minimum"] == pytest.approx(lowest, abs=1e-5)
+    x = torch.linspace(-10, 0, 100_001, dtype=torch.float64)
+    assert operand.options["minimum"] == pytest.approx(function(x).min().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("function", [nn.ReLU(), nn.ReLU6(), nn.Sigmoid()])
+def test_what_is_never_negative_is_unsigned(function):
+    chosen = plan(Chain(nn.Linear(4, 4), function, nn.Linear(4, 4)), torch.randn(2, 4))
+    operand = chosen.ops[-1].operands[0]
+    assert (operand.quantizer, operand.options) == ("uniform", {"signed": False})
+
+
+def test_a_shared_weight_is_quantized_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x).relu())
+
+    chosen = plan(Twice(), torch.randn(2, 4))
+    weights = [op.operands[1] for op in chosen.ops]
+    assert [w.parameter for w in weights] == ["layer.weight"] * 2
+    assert weights[0].quantizer == "uniform" and weights[1].quantizer is None
+    assert "layer/linear/0" in weights[1].reason and chosen.macs_quantized == 1
 
 
 def test_computed_weight_is_quantized_where_the_op_takes_it():

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from calls import PRODUCTS, Calls
+from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
 import ptq4vit_plugin
@@ -13,6 +14,7 @@ from ptq4vit_plugin.algorithms.gradient import output_loss
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf.capture import Batch
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.pipeline import plan
 
 SHORT = {"algorithm": "ptq4vit", "search_range": {"alpha": 0.5, "n": 3}, "rounds": 1}
 TINY = dict(img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=3, num_classes=10)
@@ -122,8 +124,7 @@ def test_sequential_with_multihead_attention(tmp_path):
 @pytest.mark.parametrize(
     "attention",
     [
-        lambda: timm.layers.HaloAttn(16, num_heads=2, block_size=4, halo_size=1),
-        lambda: timm.layers.LambdaLayer(16, num_heads=2, r=3),
+        lambda: HaloAttn(16, num_heads=2, block_size=4, halo_size=1),
         lambda: timm.layers.MultiQueryAttention2d(16, num_heads=2),
         lambda: timm.layers.Attention2d(16, num_heads=2),
         lambda: timm.layers.NonLocalAttn(16),
@@ -142,7 +143,7 @@ def test_a_model_of_timm_layers_at_another_image_size(attention):
 
 
 def assert_all_products_are_quantized(model, x):
-    chosen = ptq4vit_plugin.pipeline.plan(model, x)
+    chosen = plan(model, x)
     prepared = copy.deepcopy(model)
     prepare(prepared, Batch((x,), {}))
     with Calls() as calls, torch.no_grad():
