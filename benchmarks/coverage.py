@@ -439,6 +439,7 @@ def page(results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "## What is left out, and failures",
         "",
+        *(f"- {module}: not measured yet" for module in families if module not in rows),
         *(line for module, result in rows.items() for line in remarks(module, result)),
     ]
 
