@@ -162,7 +162,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise CheckpointError(f"'{path}' is of another model: {detail}") from error
     if metadata.record is not None:
         attach(model, metadata.record)
-    return model.eval()
+    # In training mode timm's attention forgets the position biases that it kept of the old weights.
+    return model.train().eval()
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -29,7 +29,10 @@ class Source:
 
 @dataclass(frozen=True)
 class FoundOp:
-    """A GEMM on the graph: its operands' sources and shapes (with the example's batch size)."""
+    """A GEMM on the graph: its operands' sources and shapes (with the example's batch size).
+
+    ``heads`` is the dimension of a matrix product's output that counts heads, if one does.
+    """
 
     name: str
     kind: OpKind
@@ -40,6 +43,7 @@ class FoundOp:
     macs: int
     bias: str | None = None
     convolution: dict[str, Any] = field(default_factory=dict)
+    heads: int | None = None
 
 
 class Operand(BaseModel):

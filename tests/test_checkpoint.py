@@ -11,6 +11,7 @@ import torch
 from models import ARGS, images, small_vit
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.checkpoint import FORMAT_VERSION
@@ -193,3 +194,33 @@ def test_unwritable_place_and_nothing_half_written(quantized, tmp_path, monkeypa
         ptq.save(quantized, before)
     assert before.read_text() == "earlier"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m.safetensors"]
+
+
+class _KeepsBias(nn.Module):
+    """Keeps what it computes of its weights until it is trained again, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.bias = nn.Parameter(torch.randn(4))
+        self.kept = None
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.kept = None
+        return self
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.bias.detach() * 2
+        return self.linear(x) + self.kept
+
+
+def test_what_a_model_kept_of_its_old_weights_is_forgotten(tmp_path):
+    x = torch.randn(3, 4)
+    result = ptq.quantize(_KeepsBias().eval(), [x], {"algorithm": "base_ptq"})
+    path = ptq.save(result, tmp_path / "model.safetensors")
+    other = _KeepsBias().eval()
+    other(x)
+    assert torch.equal(ptq.load(path, other)(x), result(x))

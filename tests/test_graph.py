@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.pipeline import plan
 from ptq4vit_plugin.plan import Source
 
 SMALL = {
@@ -116,6 +117,49 @@ def test_activations_written_out_are_recognised():
     assert found[1].sources[0].minimum_scale == 1.702
 
 
+@pytest.mark.parametrize(
+    ("function", "lowest"),
+    [
+        (nn.GELU(), -0.16997),
+        (nn.GELU("tanh"), -0.17004),
+        (timm.layers.QuickGELU(), -0.27846 / 1.702),
+        (nn.SiLU(), -0.27846),
+        (nn.Hardswish(), -0.375),
+        (nn.Mish(), -0.30884),
+    ],
+)
+def test_twins_cover_the_minimum_of_the_function(function, lowest):
+    chosen = plan(Chain(nn.Linear(4, 4), function, nn.Linear(4, 4)), torch.randn(2, 4))
+    operand = chosen.ops[-1].operands[0]
+    assert operand.quantizer == "twin_gelu"
+    assert operand.options["minimum"] == pytest.approx(lowest, abs=1e-5)
+    x = torch.linspace(-10, 0, 100_001, dtype=torch.float64)
+    assert operand.options["minimum"] == pytest.approx(function(x).min().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("function", [nn.ReLU(), nn.ReLU6(), nn.Sigmoid()])
+def test_what_is_never_negative_is_unsigned(function):
+    chosen = plan(Chain(nn.Linear(4, 4), function, nn.Linear(4, 4)), torch.randn(2, 4))
+    operand = chosen.ops[-1].operands[0]
+    assert (operand.quantizer, operand.options) == ("uniform", {"signed": False})
+
+
+def test_a_shared_weight_is_quantized_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x).relu())
+
+    chosen = plan(Twice(), torch.randn(2, 4))
+    weights = [op.operands[1] for op in chosen.ops]
+    assert [w.parameter for w in weights] == ["layer.weight"] * 2
+    assert weights[0].quantizer == "uniform" and weights[1].quantizer is None
+    assert "layer/linear/0" in weights[1].reason and chosen.macs_quantized == 1
+
+
 def test_computed_weight_is_quantized_where_the_op_takes_it():
     class Normalised(nn.Linear):
         def forward(self, x):
@@ -216,3 +260,47 @@ def test_fused_attention_without_a_switch_is_left_out_with_its_reason():
     found, left_out = find_ops(hooks.trace(Fused(), torch.randn(2, 1, 5, 4)), 2)
     assert [op.kind for op in found] == ["linear"]
     assert [op.kind for op in left_out] == ["scaled_dot_product_attention"]
+
+
+class Cut(nn.Module):
+    """Products whose first factor is made by a linear and a function, the second by the same."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.cut = cut
+
+    def forward(self, x):
+        q = self.cut(self.linear(x))
+        return q @ q.mT
+
+
+@pytest.mark.parametrize(
+    ("cut", "heads"),
+    [
+        # [images, tokens, channels] -> [images, heads, tokens, channels of a head]
+        (lambda y: y.reshape(2, 4, 3, 4).transpose(1, 2), 1),
+        (lambda y: y.view(2, 4, 3, 2, 2).permute(2, 0, 3, 1, 4)[0], 1),
+        # channel attention: tokens are the inner dimension
+        (lambda y: y.unflatten(-1, (3, 4)).permute(0, 2, 3, 1), 1),
+        # windows beside the heads, before and behind them
+        (lambda y: y.reshape(2, 2, 2, 3, 4).permute(0, 1, 3, 2, 4), 2),
+        (lambda y: y.reshape(2, 2, 2, 3, 4).permute(0, 3, 1, 2, 4), 1),
+        # heads spend some time in the batch
+        (
+            lambda y: torch.tanh(y.view(2, 4, 3, 4).transpose(1, 2).reshape(6, 4, 4)).view(
+                2, 3, 4, 4
+            ),
+            1,
+        ),
+        # blocks of tokens are no heads, nor is what is joined with the batch or moved out of it
+        (lambda y: y.reshape(2, 2, 2, 12), None),
+        (lambda y: y.view(2, 4, 3, 4).transpose(1, 2).reshape(6, 4, 4), None),
+        (lambda y: y.view(2, 4, 3, 4).permute(0, 2, 1, 3).reshape(6, 2, 2, 4), None),
+        (lambda y: y[:, None], None),
+    ],
+)
+def test_heads_are_cut_from_channels(cut, heads):
+    model = Cut(cut)
+    found, _ = find_ops(hooks.trace(model, torch.randn(2, 4, 12)), 2)
+    assert found[-1].kind == "matmul" and found[-1].heads == heads

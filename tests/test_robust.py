@@ -5,11 +5,16 @@ import copy
 import pytest
 import timm
 import torch
+from calls import PRODUCTS, Calls
+from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
 import ptq4vit_plugin
 from ptq4vit_plugin.algorithms.gradient import output_loss
 from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.integrations.nncf.capture import Batch
+from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.pipeline import plan
 
 SHORT = {"algorithm": "ptq4vit", "search_range": {"alpha": 0.5, "n": 3}, "rounds": 1}
 TINY = dict(img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=3, num_classes=10)
@@ -77,12 +82,18 @@ def test_output_probe_is_the_gauss_newton_diagonal():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, tmp_path):
-    model = vit().to(dtype)
-    x = images().to(dtype)
-    result = ptq4vit_plugin.quantize(model, [x], SHORT)
+@pytest.mark.parametrize("quantizer", ["uniform", "asymmetric"])
+def test_half_precision(dtype, quantizer, tmp_path):
+    compression = SHORT | {"activations": {"quantizer": quantizer}}
+    full = vit()
+    x = images()
+    expected = noise(full, ptq4vit_plugin.quantize(full, [x], compression), x)
+    model = copy.deepcopy(full).to(dtype)
+    x = x.to(dtype)
+    result = ptq4vit_plugin.quantize(model, [x], compression)
     assert result(x).dtype == dtype
-    assert noise(model, result, x) < 0.02
+    # Quantizers that rounded x / scale to bfloat16 would quadruple the noise.
+    assert noise(model, result, x) < 2 * expected
     again = ptq4vit_plugin.load(
         ptq4vit_plugin.save(result, tmp_path / "model.safetensors"), copy.deepcopy(model)
     )
@@ -108,6 +119,52 @@ def test_sequential_with_multihead_attention(tmp_path):
     assert noise(model, result, images()) < 0.01
     path = ptq4vit_plugin.save(result, tmp_path / "model.safetensors")
     assert noise(result, ptq4vit_plugin.load(path, copy.deepcopy(model)), images()) == 0
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda: HaloAttn(16, num_heads=2, block_size=4, halo_size=1),
+        lambda: timm.layers.MultiQueryAttention2d(16, num_heads=2),
+        lambda: timm.layers.Attention2d(16, num_heads=2),
+        lambda: timm.layers.NonLocalAttn(16),
+        lambda: timm.layers.GlobalContext(16),
+    ],
+)
+def test_a_model_of_timm_layers_at_another_image_size(attention):
+    """Scales fit any number of windows, blocks and tokens."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), attention(), *head).eval()
+    assert_all_products_are_quantized(model, images())
+    result = ptq4vit_plugin.quantize(model, [images()], SHORT)
+    assert noise(model, result, images()) < 0.01
+    assert noise(model, result, images(2, size=48)) < 0.02
+
+
+def assert_all_products_are_quantized(model, x):
+    chosen = plan(model, x)
+    prepared = copy.deepcopy(model)
+    prepare(prepared, Batch((x,), {}))
+    with Calls() as calls, torch.no_grad():
+        prepared(x)
+    kinds = [op.kind for op in chosen.ops]
+    assert chosen.left_out == () and kinds.count("linear") == calls.count["linear"]
+    assert kinds.count("matmul") == sum(calls.count[name] for name in PRODUCTS) > 0
+
+
+def test_a_wrapper_for_data_parallel_training(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        model = vit()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        result = ptq4vit_plugin.quantize(wrapped, [images()], SHORT)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert type(result) is type(model)
+    assert noise(model, result, images()) < 0.01
 
 
 class Tokens(nn.Module):

@@ -46,6 +46,7 @@ from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp, Op, Operand, Plan
 from ptq4vit_plugin.quantizers.base import OperandQuantizer, SearchRange
+from ptq4vit_plugin.quantizers.half import in_float32
 from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord, attach
 from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
@@ -194,8 +195,9 @@ class ScaleSearch(CalibratedAlgorithm):
         if self.mixed_precision is not None:
             plan = self._mixed(module, data, plan, found)
         quantizers, records, passes = self._calibrate(module, data, plan, found)
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
         for place, quantizer in quantizers.items():
-            hooks.insert(module, *place, quantizer)
+            hooks.insert(module, *place, in_float32(quantizer) if half else quantizer)
         fuse_attention(module, _without_products(module, switched, plan))
         hooks.forget_graph(model)
         attach(

@@ -113,16 +113,22 @@ class ConvView(GemmView):
 
 
 class MatmulView(GemmView):
-    """Two activations ``[..., N, I]`` and ``[..., I, O]``.
-
-    Four dimensions are read as images, heads, rows and columns.
-    """
+    """Two activations ``[..., N, I]`` and ``[..., I, O]``, one of whose leading dimensions may
+    count heads."""
 
     batch_dim = 0
 
     def __init__(self, op: FoundOp) -> None:
-        self.rank = max(len(op.shapes[0]), len(op.shapes[1]))
-        self.heads = op.output_shape[1] if self.rank == 4 else 1
+        self.rank = len(op.output_shape)
+        self.dim = op.heads
+        self.heads = 1 if op.heads is None else op.output_shape[op.heads]
+        # A factor without the dimension, or with one entry for all heads, has one scale.
+        self.per_head = {
+            port: self.heads > 1
+            and self.dim + len(shape) >= self.rank
+            and shape[self.dim - self.rank] == self.heads
+            for port, shape in op.shapes.items()
+        }
 
     def operands(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         lead = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
@@ -132,13 +138,19 @@ class MatmulView(GemmView):
         )
 
     def output(self, y: Tensor) -> Tensor:
+        y = y if self.dim is None else y.movedim(self.dim, -3)
         return y.reshape(-1, self.heads, *y.shape[-2:])
 
     def grouping(self, port: int, granularity: Granularity) -> Grouping:
-        return Grouping((1, self.heads if granularity == "head" else 1, 1, 1))
+        per_head = granularity == "head" and self.per_head[port]
+        return Grouping((1, self.heads if per_head else 1, 1, 1))
 
     def layout(self, port: int, scale: Tensor) -> Tensor:
-        return scale if scale.numel() > 1 else scale.reshape(1)
+        if scale.numel() == 1:
+            return scale.reshape(1)
+        shape = [1] * self.rank
+        shape[self.dim] = self.heads
+        return scale.reshape(shape)
 
 
 def view_of(op: FoundOp) -> GemmView:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 
+from ptq4vit_plugin.integrations.nncf.heads import head_dimension
 from ptq4vit_plugin.plan import FoundOp, LeftOut, OpKind, Source
 
 # Functions that move, select or repeat numbers without changing any (padding adds zeros, which
@@ -192,6 +193,7 @@ def _describe(
         macs=macs,
         bias=bias.node_name if bias is not None and bias.node_type == "nncf_model_const" else None,
         convolution=_convolution(node) if kind == "conv2d" else {},
+        heads=head_dimension(graph, node, len(output_shape)) if kind == "matmul" else None,
     )
 
 
@@ -254,6 +256,8 @@ def source_of(graph: NNCFGraph, node: NNCFNode) -> Source:
         return Source("softmax")
     if node.node_type in ACTIVATIONS:
         return Source(_activation_name(node))
+    if node.node_type in ("hardtanh", "hardtanh_") and _argument(node, 1, "min_val") == 0:
+        return Source("relu6")  # which is how nn.ReLU6 computes it
     gate = _sigmoid_gate(graph, node)
     return Source("silu", minimum_scale=gate) if gate else Source("activation")
 
@@ -262,9 +266,14 @@ def _fills_with_zero(node: NNCFNode) -> bool:
     """Whether the node masks some numbers with zero, as attention weights are."""
     if node.node_type not in ("masked_fill", "masked_fill_"):
         return False
-    call = node.layer_attributes
-    value = call.op_args[2] if len(call.op_args) > 2 else call.op_kwargs.get("value")
+    value = _argument(node, 2, "value")
     return isinstance(value, (int, float)) and value == 0
+
+
+def _argument(node: NNCFNode, place: int, name: str) -> Any:
+    """An argument of a call, or None if it was not given."""
+    call = node.layer_attributes
+    return call.op_args[place] if len(call.op_args) > place else call.op_kwargs.get(name)
 
 
 def _activation_name(node: NNCFNode) -> str:
