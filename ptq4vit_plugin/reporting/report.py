@@ -17,6 +17,7 @@ from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.files import written_whole
 from ptq4vit_plugin.record import QuantizationRecord
+from ptq4vit_plugin.reporting.tables import twin_trial
 
 REPORT = "report.html"
 NEEDED = ("matplotlib", "jinja2")
@@ -93,6 +94,7 @@ def page(
         rows=_accuracy(metrics),
         record=record,
         worst=worst,
+        twins=_twins(record),
         floats=_floats(record),
         drawings=drawings,
         costs=_costs(record, results),
@@ -124,6 +126,16 @@ def _accuracy(metrics: Metrics) -> list[tuple[str, str, str]]:
         ("unreadable images", "", f"{len(metrics.unreadable)}" if metrics.unreadable else None),
     ]
     return [(name, left, right) for name, left, right in rows if right is not None]
+
+
+def _twins(record: QuantizationRecord | None) -> list[tuple[str, str, str]]:
+    """Op, source, and what `twin: auto` compared."""
+    return [
+        (op.name, operand.source, twin_trial(operand.twin))
+        for op in (record.ops if record else ())
+        for operand in op.operands
+        if operand.twin is not None
+    ]
 
 
 def _floats(record: QuantizationRecord | None) -> list[tuple[str, str, str]]:

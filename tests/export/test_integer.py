@@ -100,16 +100,18 @@ def test_whole_model_is_close_to_the_simulation(family, bits, quantized, batch, 
 
 
 @pytest.mark.parametrize("hardware", [False, True])
-@pytest.mark.parametrize(("inner", "largest"), [(64, 128), (1040, 128), (3072, 255), (5000, 128)])
-def test_products_are_those_of_int64(inner, largest, hardware, monkeypatch):
+@pytest.mark.parametrize(
+    ("inner", "lowest", "highest"),
+    [(64, -128, 127), (1040, -128, 127), (3072, 0, 255), (5000, -128, 127), (700, -100, 155)],
+)
+def test_products_are_those_of_int64(inner, lowest, highest, hardware, monkeypatch):
     monkeypatch.setattr(product, "has_int8_dot", lambda device: hardware)
     generator = torch.Generator().manual_seed(inner)
     weight = torch.randint(-128, 128, (12, inner), generator=generator, dtype=torch.int8)
     weight[0], weight[1] = -128, 127
-    lowest = 0 if largest > 128 else -128
-    x = torch.randint(lowest, largest, (7, inner), generator=generator).float()
-    x[0], x[1] = lowest, largest - (largest == 128)
-    out = product.WeightProduct(weight, largest)(x)
+    x = torch.randint(lowest, highest + 1, (7, inner), generator=generator).float()
+    x[0], x[1] = lowest, highest
+    out = product.WeightProduct(weight, lowest, highest)(x)
     assert torch.equal(out.long(), x.long() @ weight.long().t())
 
 

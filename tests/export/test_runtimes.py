@@ -36,10 +36,12 @@ def exported(quantized, batch, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "bits"), [("vit", 8), ("vit", 3), ("swin", 6)])
-@pytest.mark.parametrize("per_tensor", [False, True])
-def test_plain_fake_quantize_is_the_simulation(family, bits, per_tensor, quantized, batch):
+@pytest.mark.parametrize(("per_tensor", "unsigned"), [(False, False), (True, False), (True, True)])
+def test_plain_fake_quantize_is_the_simulation(
+    family, bits, per_tensor, unsigned, quantized, batch
+):
     model, x = quantized(family, bits), batch(family, 8, seed=1)
-    lowered, _ = qdq_model(model, per_tensor)
+    lowered, _ = qdq_model(model, per_tensor, unsigned)
     with torch.no_grad():
         assert logit_sqnr(model(x), lowered(x)) > 30
 
@@ -57,17 +59,35 @@ def test_file_means_what_the_simulation_computes(format, family, bits, exported,
         assert logit_sqnr(model(x), run(x)) > 30
 
 
-def test_onnx_is_standard_and_keeps_int8_weights(exported, quantized):
+def test_onnx_is_standard_and_keeps_8_bit_weights(exported, quantized):
     path, report = exported("onnx", "vit", 8)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
     assert [entry.version for entry in model.opset_import] == [report.facts["opset"]] == [17]
     large = [t for t in model.graph.initializer if np.prod(t.dims) >= 64 * 64]
-    assert len(large) == 9 and {t.data_type for t in large} == {onnx.TensorProto.INT8}
+    assert len(large) == 9 and {t.data_type for t in large} == {onnx.TensorProto.UINT8}
     products = Counter(node.op_type for node in model.graph.node if node.op_type in ("MatMul",))
-    # Per block: q·k, two for attention·V, qkv, proj, fc1, two for fc2.
-    assert products["MatMul"] == 2 * 8
+    # Per block: q·k, two for attention·V, qkv, proj, fc1, two for fc2; and the head.
+    assert products["MatMul"] == 2 * 8 + 1
+    assert report.facts["planned_products"] == 18 and report.facts["integer_products"] == 17
+    assert report.facts["float_products"] == ["patch_embed/proj/conv2d/0"]
+
+
+def test_onnx_runtime_computes_what_the_file_means_on_every_cpu(exported, quantized, batch):
+    """Unsigned codes do not saturate where there are no int8 dot products."""
+    path, report = exported("onnx", "vit", 8)
+    model, x = quantized("vit", 8), batch("vit", 32, seed=6)
+    with torch.no_grad():
+        assert logit_sqnr(model(x), exporter_of(path).read(path)(x)) > 30
+    signed = path.with_name("signed.onnx")
+    ptq.export(model, signed, "onnx", x, unsigned=False)
+    codes = {
+        onnx.numpy_helper.to_array(t).dtype.name
+        for t in onnx.load(signed).graph.initializer
+        if np.prod(t.dims) >= 64 * 64
+    }
+    assert codes == {"int8"}
 
 
 def test_openvino_runs_every_planned_product_in_integers(exported):
@@ -98,8 +118,8 @@ def test_openvino_refuses_and_names_a_product_in_float(quantized, batch, tmp_pat
         def forward(self, x):
             return x, None
 
-    def with_float_activations(model):
-        lowered, found = qdq_model(model)
+    def with_float_activations(model, per_tensor):
+        lowered, found = qdq_model(model, per_tensor)
         grids = lowered.named_ops()["blocks/1/mlp/fc1/linear/0"].left
         grids[0] = Float()
         return lowered, found
