@@ -7,8 +7,8 @@ from models import images, small_vit
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.algorithms.target import fitted
 from ptq4vit_plugin.errors import ConfigError
-from ptq4vit_plugin.plan import Op, Operand, Plan
 from ptq4vit_plugin.pipeline import plan as plan_of
+from ptq4vit_plugin.plan import Op, Operand, Plan
 from ptq4vit_plugin.record import record_of
 
 

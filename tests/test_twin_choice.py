@@ -7,8 +7,8 @@ from models import images, small_vit
 
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.algorithms.twin_choice import WORTH, choose_twins
-from ptq4vit_plugin.plan import Op, Operand
 from ptq4vit_plugin.pipeline import plan as plan_of
+from ptq4vit_plugin.plan import Op, Operand
 from ptq4vit_plugin.record import record_of
 from ptq4vit_plugin.reporting.tables import plan_table, record_table, twin_trial
 
