@@ -228,6 +228,26 @@ def test_hidden_products_and_models_that_are_not_timms(tmp_path):
         ptq.load(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_points_and_softmax_rows_compute_in_integers(
+    bits, quantized, batch, tmp_path, monkeypatch
+):
+    model, x = quantized("vit", bits, algorithm="ptq4vit_plus"), batch("vit", 8, seed=4)
+    operands = [o for op in ptq.describe(model) for o in op.operands]
+    assert {"asymmetric", "numerator"} < {o.quantizer for o in operands}
+    report = ptq.export(model, tmp_path / "m", example_input=x)
+    assert report.facts["float_ops"] == []
+    loaded = ptq.load(tmp_path / "m.safetensors")
+    with torch.no_grad():
+        out = loaded(x)
+        assert logit_sqnr(model(x), out) > 25
+        monkeypatch.setattr(product, "has_int8_dot", lambda device: True)
+        assert torch.equal(ptq.load(tmp_path / "m.safetensors")(x), out)
+    softmax = codes(loaded, x)["blocks/0/attn/matmul/1"][0]
+    peaks = softmax.amax(-1)  # of every row: 1 over the step of its head
+    assert softmax.dtype == torch.uint8 and (peaks == peaks[:1, :, :1]).all()
+
+
 def test_a_file_that_was_changed_or_cut_is_refused(quantized, batch, tmp_path):
     path = tmp_path / "model.safetensors"
     ptq.export(quantized("vit", 8), path, example_input=batch("vit"))

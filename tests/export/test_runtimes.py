@@ -139,6 +139,39 @@ def test_preprocessing_travels(format, exported, quantized):
     assert preprocessing.mean == tuple(quantized("vit", 4).pretrained_cfg["mean"])
 
 
+def test_scales_per_head_export_where_openvinos_quantizer_has_none(quantized, batch, tmp_path):
+    """ConViT transposes heads in front of the quantizer; OpenVINO moves the quantizer there."""
+    model, x = quantized("convit", 4), batch("convit", 4, seed=1)
+    report = ptq.export(model, tmp_path / "m.xml", "openvino", x)
+    assert report.exact_sqnr_db > 30
+    assert report.facts["integer_products"] == report.facts["planned_products"]
+
+
+def test_target_openvino_converts_by_openvinos_own_way(quantized, batch):
+    model, x = quantized("convit", 4, target="openvino"), batch("convit", 4, seed=1)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
+    with torch.no_grad():
+        made = openvino.convert_model(model, example_input=x)
+        out = torch.from_numpy(openvino.Core().compile_model(made, "CPU", settings)(x.numpy())[0])
+        assert logit_sqnr(model(x), out) > 30
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_batch_is_dynamic_and_the_image_size_is_not(format, exported, batch):
+    path, _ = exported(format, "vit", 4)
+    if format == "onnx":
+        shape = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+        sizes = [d.dim_param or d.dim_value for d in shape]
+        assert sizes == ["batch", 3, 32, 32]
+    else:
+        shape = openvino.Core().read_model(path).inputs[0].partial_shape
+        assert shape[0].is_dynamic and [shape[d].get_length() for d in (1, 2, 3)] == [3, 32, 32]
+    run = exporter_of(path).read_in_float(path)
+    x = batch("vit", 5, seed=3)
+    one = torch.cat([run(image[None]) for image in x])
+    torch.testing.assert_close(run(x), one, rtol=0, atol=1e-4)
+
+
 def test_openvinos_own_conversion_and_nncfs_strip_take_our_models(quantized, batch):
     import nncf
 
