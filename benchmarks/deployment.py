@@ -6,14 +6,15 @@
     python benchmarks/deployment.py table
 
 Nothing here depends on time. Each part puts its numbers into ``benchmarks/deployment.json`` as soon
-as it has them, and does not compute again what is there. FOLDER is described in `trained.py`;
-`ops` also takes ViT-S and Swin-T, with random weights.
+as it has them, and does not compute again what is there. --only takes some. FOLDER is described in
+`trained.py`; `ops` also takes ViT-S and Swin-T, with random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -272,6 +273,8 @@ def keep(
     arguments: argparse.Namespace, part: str, title: str, measure: Callable[..., dict], *given: Any
 ) -> None:
     """Measure unless it is in the results, print, and put it there."""
+    if not re.search(arguments.only, title):
+        return
     path = arguments.results
     known = json.loads(path.read_text()) if path.exists() else {}
     if title not in known.get(part, {}):
@@ -327,6 +330,7 @@ def main(given: list[str] | None = None) -> None:
             "--trained", type=Path, metavar="FOLDER", required=run in (whole, quantizers)
         )
         part.add_argument("--results", type=Path, default=RESULTS)
+        part.add_argument("--only", default="", metavar="PATTERN", help="of titles in the results")
         part.set_defaults(run=run)
     arguments = parser.parse_args(given)
     arguments.run(arguments)
