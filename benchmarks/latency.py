@@ -132,7 +132,7 @@ def build(
                     report = ptq.export(quantized, path, format, example, min_sqnr=-1000)
                     facts[path.name] = {**report.facts, "twins": twins(quantized)}
                     facts_file.write_text(json.dumps(facts, indent=1))
-        except PTQ4ViTError as error:
+        except (PTQ4ViTError, RuntimeError) as error:
             print(f"  {plan}: {error}")
             facts[plan] = str(error)
     return facts

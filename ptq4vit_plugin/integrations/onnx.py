@@ -81,7 +81,10 @@ class ONNXExporter(Exporter):
         onnx.checker.check_model(made, full_check=True)
         onnx.save(made, path)
         seal(path)
-        return {"opset": OPSET, **_precisions(path, found)}
+        facts = {"opset": OPSET, **_precisions(path, found)}
+        if facts["float_products"]:
+            facts["note"] = "ONNX Runtime computes float_products in float; fits: target: onnx"
+        return facts
 
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Run the file in ONNX Runtime on the CPU."""

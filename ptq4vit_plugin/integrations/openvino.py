@@ -61,6 +61,7 @@ class OpenVINOExporter(Exporter):
             # Its quantizer has no scales per head where it moves a transpose in front of it. The
             # scales are multiplied outside then: the same numbers.
             made, facts = self._converted(model, example.cpu(), per_tensor=True)
+            facts["note"] = "scales per head are multiplied outside; fits: target: openvino"
         made.inputs[0].get_tensor().set_names({"images"})
         made.outputs[0].get_tensor().set_names({"logits"})
         made.set_rt_info(BLANK, [SECTION, "seal"])

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import ptq4vit_plugin as ptq
-from ptq4vit_plugin.errors import CheckpointError, ExportError, PTQ4ViTError
+from ptq4vit_plugin.errors import CheckpointError, ExportError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.integer import product
 from ptq4vit_plugin.integrations.integer.checkpoint import pack, unpack
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
 from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
+from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.branches import Branch, branches_of, packed_codes
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELUQuantizer
@@ -213,6 +214,39 @@ class HiddenProducts(torch.nn.Module):
         q, k, v = self.qkv(tokens).reshape(len(x), -1, 3, 2, 24).permute(2, 0, 3, 1, 4).unbind()
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(x.mean(1))
+
+
+class ComputedWeight(torch.nn.Module):
+    """A linear whose weight is no parameter, between two whose weights are."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Linear(48, 24), torch.nn.Linear(24, 10)
+        self.weight = torch.nn.Parameter(torch.randn(24, 24))
+
+    def forward(self, x):
+        tokens = self.embed(F.unfold(x, 4, stride=4).transpose(1, 2))
+        return self.head(F.linear(tokens, self.weight.softmax(1)).mean(1))
+
+
+def test_target_integer_leaves_what_the_checkpoint_cannot_keep(tmp_path):
+    torch.manual_seed(0)
+    model, x = ComputedWeight().eval(), torch.randn(4, 3, 16, 16)
+    config = {"algorithm": "ptq4vit", "search_range": {"n": 5}, "rounds": 1}
+    quantized = ptq.quantize(model, [x], config)
+    with pytest.raises(ModelError, match="target: integer"):
+        ptq.export(quantized, tmp_path / "model", example_input=x)
+    quantized = ptq.quantize(model, [x], {**config, "target": "integer"})
+    assert ptq.export(quantized, tmp_path / "model", example_input=x).facts["integer_ops"] == 2
+
+
+@pytest.mark.parametrize(("kind", "port"), [("matmul", 1), ("linear", 0)])
+def test_rows_are_refused_where_no_factor_can_be_taken_out(kind, port):
+    rows = [Branch(torch.ones(1), 0, 255, per_row=True)]
+    op = QuantizedOp("attn/op/0", kind, kind, None, {port: rows})
+    with pytest.raises(ModelError, match="attn/op/0: only the left factor"):
+        check_rows([op])
+    check_rows([QuantizedOp("attn/op/0", "matmul", "attention_v", None, {0: rows})])
 
 
 def test_hidden_products_and_models_that_are_not_timms(tmp_path):

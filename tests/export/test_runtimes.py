@@ -72,6 +72,7 @@ def test_onnx_is_standard_and_keeps_8_bit_weights(exported, quantized):
     assert products["MatMul"] == 2 * 8 + 1
     assert report.facts["planned_products"] == 18 and report.facts["integer_products"] == 17
     assert report.facts["float_products"] == ["patch_embed/proj/conv2d/0"]
+    assert "target: onnx" in report.facts["note"]
 
 
 def test_onnx_runtime_computes_what_the_file_means_on_every_cpu(exported, quantized, batch):
@@ -145,6 +146,7 @@ def test_scales_per_head_export_where_openvinos_quantizer_has_none(quantized, ba
     report = ptq.export(model, tmp_path / "m.xml", "openvino", x)
     assert report.exact_sqnr_db > 30
     assert report.facts["integer_products"] == report.facts["planned_products"]
+    assert "target: openvino" in report.facts["note"]
 
 
 def test_target_openvino_converts_by_openvinos_own_way(quantized, batch):

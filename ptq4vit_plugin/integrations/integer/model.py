@@ -110,7 +110,8 @@ def _integer_op(model: nn.Module, op: QuantizedOp) -> IntegerOp:
     if op.parameter is None:
         raise ModelError(
             f"{op.name}: its weight is computed while the model runs, and an integer checkpoint "
-            "keeps parameters only; leave the op out with ignored_scopes"
+            "keeps parameters only; quantize with target: integer, or leave the op out with "
+            "ignored_scopes"
         )
     branches = op.grids[1]
     if len(branches) > 1 or branches[0].highest > 127:
