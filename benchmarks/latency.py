@@ -3,15 +3,17 @@
     python benchmarks/latency.py quality --trained FOLDER
     python benchmarks/latency.py build --models vit_small_patch16_224
     python benchmarks/latency.py time --models vit_small_patch16_224
+    python benchmarks/latency.py profile --models vit_small_patch16_224
     python benchmarks/latency.py table
 
 `build` writes every form of a model into --forms, each once: a form that is there already is not
 built again. `time` builds what is missing, then runs all forms in turns, so that a machine that
 gets slower does so for all of them, and puts the times of every turn into
 ``benchmarks/latency.json``. Ratios are medians over turns. Weights are random and calibration is
-short, neither of which changes a time; only which GELU twins ``auto`` keeps depends on them, and is
-in the table. `quality` measures the same forms on a small trained model (see `trained.py`),
-calibrated properly. All parts take --smoke, a tiny model that only shows that the script works.
+short, neither of which changes a time; only which twins ``auto`` keeps depends on them, and is
+printed. Plans have ``target: openvino``. `quality` measures the same forms on a small trained model
+(see `trained.py`), calibrated properly; `profile` prints where OpenVINO itself spends the time. All
+parts take --smoke, a tiny model that only shows that the script works.
 """
 
 from __future__ import annotations
@@ -268,6 +270,36 @@ def quality(arguments: argparse.Namespace) -> None:
     table(arguments)
 
 
+def profile(arguments: argparse.Namespace) -> None:
+    """Print OpenVINO's own times by kind of node and kernel, largest first."""
+    for name, recipe in recipes(arguments).items():
+        images = images_of(create(recipe), arguments.batches[0]).numpy()
+        for form in (form for form in forms() if form.file.endswith(".xml")):
+            path = arguments.forms / name / form.file
+            if not path.exists():
+                print(f"{name}, {form.title}: not built")
+                continue
+            properties = {"INFERENCE_PRECISION_HINT": form.hint, "PERF_COUNT": "YES"}
+            properties["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
+            request = openvino.Core().compile_model(path, "CPU", properties).create_infer_request()
+            kinds: dict[str, list[float]] = {}
+            for turn in range(arguments.repeats + WARM_UP):
+                request.infer([images])
+                if turn < WARM_UP:
+                    continue
+                times: dict[str, float] = {}
+                for node in request.profiling_info:
+                    kind = f"{node.node_type} {node.exec_type}"
+                    spent = 1000 * node.real_time.total_seconds()
+                    times[kind] = times.get(kind, 0.0) + spent
+                for kind, spent in times.items():
+                    kinds.setdefault(kind, []).append(spent)
+            medians = {kind: statistics.median(values) for kind, values in kinds.items()}
+            largest = sorted(medians, key=medians.get, reverse=True)[:6]
+            shares = ", ".join(f"{kind} {medians[kind]:.1f}" for kind in largest)
+            print(f"{name}, {form.title}: {sum(medians.values()):.1f} ms: {shares}", flush=True)
+
+
 def table(arguments: argparse.Namespace) -> None:
     """Print what is in the results as Markdown."""
     results = read(arguments.results)
@@ -326,6 +358,7 @@ def main(given: list[str] | None = None) -> None:
         ("build", build_all),
         ("time", time_all),
         ("quality", quality),
+        ("profile", profile),
         ("table", table),
     ):
         part = parts.add_parser(name, help=run.__doc__)
