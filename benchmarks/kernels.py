@@ -1,6 +1,6 @@
 """Which products of fake-quantized operands OpenVINO and ONNX Runtime compute as integers.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernels.py [matmul] [linear] ["linear of two dimensions"] [conv2d]
 
 One small model per product; OpenVINO's answer is read from its compiled graph, ONNX Runtime's from
 its optimized one. ``ptq4vit_plugin/algorithms/target.py`` follows this table.
@@ -9,6 +9,7 @@ its optimized one. ``ptq4vit_plugin/algorithms/target.py`` follows this table.
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -96,7 +97,16 @@ def in_onnx_runtime(model: nn.Module, example: tuple[Tensor, Tensor]) -> str:
     """What ONNX Runtime's optimizer makes of it."""
     with tempfile.TemporaryDirectory() as folder:
         written, optimized = Path(folder) / "a.onnx", Path(folder) / "b.onnx"
-        torch.onnx.export(model, example, written, dynamo=False, opset_version=17)
+        torch.onnx.export(
+            model,
+            example,
+            written,
+            dynamo=False,
+            opset_version=17,
+            input_names=["x", "y"],
+            # As in our files; with a fixed one the optimizer makes a Gemm of every linear.
+            dynamic_axes={"x": {0: "batch"}},
+        )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(optimized)
@@ -118,6 +128,8 @@ def main() -> None:
     print(torch.backends.cpu.get_cpu_capability())
     print("\n| product | left | right | OpenVINO | ONNX Runtime |\n|---|---|---|---|---|")
     for kind, (left_shape, right_shape) in SHAPES.items():
+        if sys.argv[1:] and kind not in sys.argv[1:]:
+            continue
         rights = RIGHT if kind == "matmul" else WEIGHT
         lefts = {n: how for n, how in LEFT.items() if kind == "matmul" or not how[2]}
         example = torch.randn(left_shape), torch.randn(right_shape)
