@@ -142,7 +142,7 @@ def test_preprocessing_travels(format, exported, quantized):
 
 def test_scales_per_head_export_where_openvinos_quantizer_has_none(quantized, batch, tmp_path):
     """ConViT transposes heads in front of the quantizer; OpenVINO moves the quantizer there."""
-    model, x = quantized("convit", 4), batch("convit", 4, seed=1)
+    model, x = quantized("convit", 8), batch("convit", 4, seed=1)
     report = ptq.export(model, tmp_path / "m.xml", "openvino", x)
     assert report.exact_sqnr_db > 30
     assert report.facts["integer_products"] == report.facts["planned_products"]
@@ -150,7 +150,7 @@ def test_scales_per_head_export_where_openvinos_quantizer_has_none(quantized, ba
 
 
 def test_target_openvino_converts_by_openvinos_own_way(quantized, batch):
-    model, x = quantized("convit", 4, target="openvino"), batch("convit", 4, seed=1)
+    model, x = quantized("convit", 8, target="openvino"), batch("convit", 4, seed=1)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
     with torch.no_grad():
         made = openvino.convert_model(model, example_input=x)
