@@ -144,7 +144,7 @@ def test_scales_per_head_export_where_openvinos_quantizer_has_none(quantized, ba
     """ConViT transposes heads in front of the quantizer; OpenVINO moves the quantizer there."""
     model, x = quantized("convit", 8), batch("convit", 4, seed=1)
     report = ptq.export(model, tmp_path / "m.xml", "openvino", x)
-    # Random weights: a code that rounds the other way moves the logits; a wrong scale, below 10 dB.
+    # Random weights: a code that rounds the other way moves the logits (24 dB when written).
     assert report.exact_sqnr_db > 20
     assert report.facts["integer_products"] == report.facts["planned_products"]
     assert "target: openvino" in report.facts["note"]
