@@ -249,6 +249,8 @@ def export(
         config = parse(saved, str(checkpoint))
     images = None if config is None else calibration(config, model)
     path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}")
+    results = path.parent / RESULTS
+    known = _known(results)
     report = export_model(
         model,
         path,
@@ -257,13 +259,26 @@ def export(
         min_sqnr,
         **{key: yaml.safe_load(value) for key, value in given.items()},
     )
-    results = path.parent / "results.json"
-    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     exports = {**known.get("exports", {}), format: report.model_dump(mode="json")}
     write_text(results, json.dumps({**known, "exports": exports}, indent=2))
     console = Console()
     console.print(export_table(report))
     console.print(f"written: {', '.join(str(path.parent / name) for name in report.files)}")
+
+
+def _known(results: Path) -> dict[str, Any]:
+    """What a ``results.json`` says, to be written again with more; empty if there is none."""
+    if not results.exists():
+        return {}
+    try:
+        known = json.loads(results.read_text(encoding="utf-8"))
+        if not isinstance(known, dict) or not isinstance(known.get("exports", {}), dict):
+            raise ValueError("not what a run or an export wrote")
+    except (OSError, ValueError) as error:
+        raise PTQ4ViTError(
+            f"'{results}' is damaged: {error}; mend or remove it, an export adds to it"
+        ) from error
+    return known
 
 
 def run(model: Path, images: list[Path]) -> None:

@@ -64,6 +64,8 @@ class Operand(BaseModel):
         says why.
     options
         Further arguments of the quantizer.
+    alternative
+        A quantizer that is tried too and takes its place unless it is worth its cost.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,6 +77,7 @@ class Operand(BaseModel):
     bits: int | None = None
     granularity: Granularity = "tensor"
     options: dict[str, Any] = {}
+    alternative: str | None = None
     reason: str | None = None
 
 

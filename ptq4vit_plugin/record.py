@@ -26,6 +26,16 @@ class Histogram(_Frozen):
     counts: tuple[int, ...]
 
 
+class TwinTrial(_Frozen):
+    """The objective with a twin quantizer and with the uniform one, each searched, and whether the
+    twin stayed.
+    """
+
+    twin: float
+    uniform: float
+    kept: bool
+
+
 class OperandRecord(_Frozen):
     """An operand's quantizer and the range of its searched parameter over groups.
 
@@ -33,6 +43,7 @@ class OperandRecord(_Frozen):
     ``histogram`` is there for outputs of softmax and of GELU-like functions. ``curve`` is the
     search's objective over the candidates, all groups together: as many values as points, evenly
     spaced from the first candidate to the last; where the search works on samples, of a sample.
+    ``twin`` is there where the search chose between a twin and a uniform quantizer.
     """
 
     port: int
@@ -47,6 +58,7 @@ class OperandRecord(_Frozen):
     groups: int = 0
     histogram: Histogram | None = None
     curve: tuple[float, ...] = ()
+    twin: TwinTrial | None = None
 
 
 class OpRecord(_Frozen):

@@ -102,6 +102,7 @@ def _operand(op: FoundOp, port: int, settings: ScaleSearch) -> Operand:
         if op.kind == "matmul" and settings.activations.granularity != "tensor"
         else "tensor",
         options=options,
+        alternative="uniform" if _choice(source, settings) == "auto" else None,
     )
 
 
@@ -113,13 +114,20 @@ def _weight_granularity(op: FoundOp, wanted: str) -> Granularity:
     )
 
 
+def _choice(source: Source, settings: ScaleSearch) -> bool | str:
+    """What the section `twin` says of an operand."""
+    if source.kind == "softmax":
+        return settings.twin.softmax
+    return settings.twin.gelu if source.kind in MINIMA else False
+
+
 def _activation_quantizer(
     source: Source, port: int, settings: ScaleSearch
 ) -> tuple[str, dict[str, Any]]:
     if source.kind == "softmax":
-        return _twin(settings.twin.softmax, "twin_softmax"), {}
+        return _twin(_choice(source, settings), "twin_softmax"), {}
     if source.kind in MINIMA:
-        quantizer = _twin(settings.twin.gelu, "twin_gelu")
+        quantizer = _twin(_choice(source, settings), "twin_gelu")
         if quantizer != "twin_gelu":
             return quantizer, {}
         minimum = MINIMA[source.kind] / source.minimum_scale
@@ -130,6 +138,6 @@ def _activation_quantizer(
 
 
 def _twin(choice: bool | str, name: str) -> str:
-    if isinstance(choice, str):
+    if isinstance(choice, str) and choice != "auto":
         return choice
     return name if choice else "uniform"

@@ -11,7 +11,7 @@ from ptq4vit_plugin.algorithms.compensate import Compensate
 from ptq4vit_plugin.algorithms.fold_norms import FoldNorms
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
-from ptq4vit_plugin.algorithms.settings import Activations, QuantizerName, Twin
+from ptq4vit_plugin.algorithms.settings import Activations, QuantizerName, Twin, TwinChoice
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 
@@ -46,8 +46,8 @@ class PlusActivations(Activations):
 class PlusTwin(Twin):
     """As `Twin`; by default neither is a twin, both are single uniform grids."""
 
-    softmax: bool | QuantizerName = "numerator"
-    gelu: bool | QuantizerName = "asymmetric"
+    softmax: TwinChoice = "numerator"
+    gelu: TwinChoice = "asymmetric"
 
 
 class PTQ4ViTPlus(ScaleSearch):

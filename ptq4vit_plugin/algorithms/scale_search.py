@@ -33,6 +33,8 @@ from ptq4vit_plugin.algorithms.settings import (
     Twin,
     Weights,
 )
+from ptq4vit_plugin.algorithms.target import Target, fitted
+from ptq4vit_plugin.algorithms.twin_choice import choose_twins, settled
 from ptq4vit_plugin.algorithms.views import GemmView, view_of
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations import distributed
@@ -82,6 +84,9 @@ class ScaleSearch(CalibratedAlgorithm):
         default={}, description="sections for some ops only, by name or '{re}' and a pattern"
     )
     twin: Twin = Twin()
+    target: Target = Field(
+        default="any", description="runtime whose integer kernels the plan keeps to"
+    )
     scale_ratio: Literal["free", "power_of_two"] = Field(
         default="free", description="ratio between the two steps of a GELU twin"
     )
@@ -146,7 +151,7 @@ class ScaleSearch(CalibratedAlgorithm):
         """
         buffers = {name for name, _ in model.named_buffers()}
         found, left_out = find_ops(graph, batch_size, buffers)
-        plan = make_plan(found, left_out, self)
+        plan = fitted(make_plan(found, left_out, self), self.target)
         if not any(op.kind in ("linear", "matmul") for op in plan.ops):
             reasons = ", ".join(f"{op.name} ({op.reason})" for op in plan.left_out)
             raise ModelError(
@@ -205,7 +210,7 @@ class ScaleSearch(CalibratedAlgorithm):
             QuantizationRecord(
                 algorithm=type(self).__name__,
                 settings=self.model_dump(mode="json", exclude_defaults=True),
-                plan=plan,
+                plan=settled(plan, records),
                 ops=tuple(records),
                 images=sum(map(len, data)),
                 seconds=time.perf_counter() - started,
@@ -338,21 +343,26 @@ class ScaleSearch(CalibratedAlgorithm):
         started = time.perf_counter()
         view = view_of(found)
         gemm = _gemm(module, op, found, view, seen, quantizers)
-        left, right = (
-            self._quantizer(operand, view, x)
-            for operand, x in zip(op.operands, (gemm.a, gemm.b), strict=True)
-        )
-        result = search(
-            gemm,
-            left,
-            right,
-            metric=self.metric,
-            rounds=self.rounds,
-            order=("a", "b") if op.kind == "matmul" else ("b", "a"),
-            strategy=self.search,
-            images=1 if op.kind == "matmul" else images,
-            reduce=distributed.total,
-        )
+
+        def searched(op: Op) -> tuple[Any, ...]:
+            left, right = (
+                self._quantizer(operand, view, x)
+                for operand, x in zip(op.operands, (gemm.a, gemm.b), strict=True)
+            )
+            result = search(
+                gemm,
+                left,
+                right,
+                metric=self.metric,
+                rounds=self.rounds,
+                order=("a", "b") if op.kind == "matmul" else ("b", "a"),
+                strategy=self.search,
+                images=1 if op.kind == "matmul" else images,
+                reduce=distributed.total,
+            )
+            return result, left, right
+
+        op, (result, left, right), twins = choose_twins(op, searched)
         operands, made = [], {}
         for name, operand, quantizer, index in zip(
             "ab", op.operands, (left, right), (result.a_index, result.b_index), strict=True
@@ -366,6 +376,7 @@ class ScaleSearch(CalibratedAlgorithm):
                     update={
                         "histogram": histogram(getattr(gemm, name), operand.source),
                         "curve": thinned(result.curves.get(name, [])),
+                        "twin": twins.get(operand.port),
                     }
                 )
             )
@@ -494,10 +505,10 @@ def _operand_record(
     operand: Operand, quantizer: OperandQuantizer | None, index: Any
 ) -> OperandRecord:
     if quantizer is None:
-        return OperandRecord(**operand.model_dump(exclude={"options"}))
+        return OperandRecord(**operand.model_dump(exclude={"options", "alternative"}))
     searched = quantizer.at(index)
     return OperandRecord(
-        **operand.model_dump(exclude={"options"}),
+        **operand.model_dump(exclude={"options", "alternative"}),
         searched_min=float(searched.min()),
         searched_max=float(searched.max()),
         groups=searched.numel(),

@@ -15,6 +15,7 @@ def _registered(name: str) -> str:
 
 Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
 QuantizerName = Annotated[str, AfterValidator(_registered)]
+TwinChoice = bool | Literal["auto"] | QuantizerName
 
 
 class _Section(BaseModel):
@@ -56,11 +57,12 @@ class Activations(_Section):
 class Twin(_Section):
     """Which quantizer outputs of softmax and of GELU-like functions get.
 
-    True means the twin uniform quantizer, False the uniform one, a string any registered quantizer.
+    True means the twin uniform quantizer, False the uniform one, ``auto`` the twin where it lowers
+    the op's objective enough (`twin_choice.WORTH`), another string any registered quantizer.
     """
 
-    softmax: bool | QuantizerName = True
-    gelu: bool | QuantizerName = True
+    softmax: TwinChoice = True
+    gelu: TwinChoice = True
 
 
 class Override(_Section):

@@ -7,7 +7,7 @@ ops instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,23 @@ def take_apart(model: nn.Module) -> tuple[nn.Module, list[QuantizedOp]]:
         if found.grids:
             ops.append(found)
     return taken, ops
+
+
+def check_rows(ops: Sequence[QuantizedOp]) -> None:
+    """Refuse operands quantized row by row where no factor can be taken out of their rows.
+
+    Raises
+    ------
+    ModelError
+        Such an operand is not the left factor of a matrix product.
+    """
+    for op in ops:
+        for port, branches in op.grids.items():
+            if branches[0].per_row and (op.kind != "matmul" or port == 1):
+                raise ModelError(
+                    f"{op.name}: only the left factor of a matrix product can be quantized row by "
+                    "row; set twin: {softmax: true}, or leave the op out with ignored_scopes"
+                )
 
 
 def factors(

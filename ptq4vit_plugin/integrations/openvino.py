@@ -55,28 +55,39 @@ class OpenVINOExporter(Exporter):
         ExportError
             A product whose operands are quantized runs in float.
         """
-        lowered, found = qdq_model(model)
-        example = example.cpu()
+        try:
+            made, facts = self._converted(model, example.cpu(), per_tensor=False)
+        except RuntimeError:
+            # Its quantizer has no scales per head where it moves a transpose in front of it. The
+            # scales are multiplied outside then: the same numbers.
+            made, facts = self._converted(model, example.cpu(), per_tensor=True)
+            facts["note"] = "scales per head are multiplied outside; fits: target: openvino"
+        made.inputs[0].get_tensor().set_names({"images"})
+        made.outputs[0].get_tensor().set_names({"logits"})
+        made.set_rt_info(BLANK, [SECTION, "seal"])
+        made.set_rt_info(preprocessing(model).model_dump_json(), [SECTION, "preprocessing"])
+        if facts["float_products"] and not self.allow_float:
+            raise ExportError(
+                f"export: OpenVINO runs {', '.join(facts['float_products'])} in float; quantize "
+                "with target: openvino, leave the op out with ignored_scopes, or set allow_float: "
+                "true to write the model all the same"
+            )
+        openvino.save_model(made, path, compress_to_fp16=False)
+        seal(path, [path.with_suffix(".bin")])
+        return facts
+
+    def _converted(
+        self, model: nn.Module, example: Tensor, per_tensor: bool
+    ) -> tuple[openvino.Model, dict[str, Any]]:
+        """The model with a dynamic batch, and what runs as integers."""
+        lowered, found = qdq_model(model, per_tensor)
         with warnings.catch_warnings(), torch.no_grad():
             # The tracer's remarks on Python numbers in a model whose shapes are fixed.
             warnings.simplefilter("ignore")
             logging.getLogger("openvino").setLevel(logging.ERROR)
             made = openvino.convert_model(lowered, example_input=example)
         made.reshape([-1, *example.shape[1:]])
-        made.inputs[0].get_tensor().set_names({"images"})
-        made.outputs[0].get_tensor().set_names({"logits"})
-        made.set_rt_info(BLANK, [SECTION, "seal"])
-        made.set_rt_info(preprocessing(model).model_dump_json(), [SECTION, "preprocessing"])
-        facts = _precisions(made, found)
-        if facts["float_products"] and not self.allow_float:
-            raise ExportError(
-                f"export: OpenVINO runs {', '.join(facts['float_products'])} in float; set "
-                "allow_float: true to write the model all the same, or leave the op out with "
-                "ignored_scopes"
-            )
-        openvino.save_model(made, path, compress_to_fp16=False)
-        seal(path, [path.with_suffix(".bin")])
-        return facts
+        return made, _precisions(made, found)
 
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Run the files in OpenVINO on the CPU, what is not quantized in float32."""

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4vit_plugin.integrations.lowering import QuantizedOp, factors, take_apart
+from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows, factors, take_apart
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.quantizers.branches import Branch, row_peak
 
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
 
 
-def qdq_model(model: nn.Module, per_tensor: bool = False) -> tuple[ReplacedOps, list[QuantizedOp]]:
+def qdq_model(
+    model: nn.Module, per_tensor: bool = False, unsigned_right: bool = False
+) -> tuple[ReplacedOps, list[QuantizedOp]]:
     """A copy, on the CPU, of a quantized model made of torch's own fake-quantize functions.
 
     Its ops are returned with it.
@@ -32,14 +34,18 @@ def qdq_model(model: nn.Module, per_tensor: bool = False) -> tuple[ReplacedOps, 
     per_tensor
         The runtime multiplies activations in integers only if they have one scale. Scales per head
         are then divided out before the quantizer and multiplied in after the product.
+    unsigned_right
+        Move the signed codes of weights and right factors by 128, into unsigned ones.
 
     Raises
     ------
     ModelError
-        See `take_apart`.
+        See `take_apart` and `check_rows`.
     """
     taken, found = take_apart(copy.deepcopy(model).cpu())
-    return ReplacedOps(taken, {op.name: QDQOp(op, per_tensor) for op in found}).eval(), found
+    check_rows(found)
+    ops = {op.name: QDQOp(op, per_tensor, unsigned_right) for op in found}
+    return ReplacedOps(taken, ops).eval(), found
 
 
 class QDQGrid(nn.Module):
@@ -51,23 +57,30 @@ class QDQGrid(nn.Module):
         Scales vary along one dimension at most.
     signed
         Whether the runtime's kernel wants signed codes here even for numbers that are never
-        negative.
+        negative. Codes above 127 stay unsigned all the same.
     constant
         The operand is a weight, whose values are levels already: nothing to clamp.
     per_tensor
         Divide by scales that vary and quantize to whole numbers; `factor` are the scales then,
         else None.
+    moved
+        Move signed codes by 128.
     """
 
-    def __init__(self, branch: Branch, signed: bool, constant: bool, per_tensor: bool) -> None:
+    def __init__(
+        self, branch: Branch, signed: bool, constant: bool, per_tensor: bool, moved: bool
+    ) -> None:
         super().__init__()
         self.side = branch.side
-        self.range = SIGNED if signed or branch.lowest < 0 else UNSIGNED
+        fits = branch.highest <= SIGNED[1]
+        self.range = SIGNED if branch.lowest < 0 or (signed and fits) else UNSIGNED
         self.per_row = branch.per_row
         # Codes less their zero point that fit no int8: the runtime gets the zero point itself.
         shifted = branch.lowest < 0 and (branch.lowest < SIGNED[0] or branch.highest > SIGNED[1])
         zero = -branch.lowest if shifted else 0
-        if shifted:
+        if moved and self.range == SIGNED and not shifted:
+            zero = -SIGNED[0]
+        if zero:
             self.range = UNSIGNED
         scale = branch.scale.detach()
         outside = per_tensor and not constant and scale.numel() > 1
@@ -120,18 +133,21 @@ class QDQOp(nn.Module):
         Which of the operands are quantized, and how.
     """
 
-    def __init__(self, op: QuantizedOp, per_tensor: bool) -> None:
+    def __init__(self, op: QuantizedOp, per_tensor: bool, unsigned_right: bool) -> None:
         super().__init__()
         self.kind = op.kind
         weight = op.parameter is not None
-        self.left = _grids(op.grids.get(0), False, False, per_tensor)
-        self.right = _grids(op.grids.get(1), True, weight, per_tensor)
+        self.left = _grids(op.grids.get(0), False, False, per_tensor, False)
+        self.right = _grids(op.grids.get(1), True, weight, per_tensor, unsigned_right)
 
     def forward(
         self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """Run the function that is replaced on every pair; the bias is added once."""
         left, right, rest, named = factors(function, args, kwargs)
+        # Two dimensions would become ONNX's Gemm, which ONNX Runtime leaves in float.
+        flat = self.kind == "linear" and left.dim() == 2
+        left = left[None] if flat else left
         lefts, rights = _parts(self.left, left), _parts(self.right, right)
         call = torch.matmul if self.kind == "matmul" else function
         out = None
@@ -142,15 +158,15 @@ class QDQOp(nn.Module):
                     part = part * _product(a_factor, b_factor)
                 out = part if out is None else out + part
                 rest, named = _without_bias(self.kind, rest, named)
-        return out
+        return out[0] if flat else out
 
 
 def _grids(
-    branches: list[Branch] | None, signed: bool, constant: bool, per_tensor: bool
+    branches: list[Branch] | None, signed: bool, constant: bool, per_tensor: bool, moved: bool
 ) -> nn.ModuleList | None:
     if branches is None:
         return None
-    return nn.ModuleList(QDQGrid(branch, signed, constant, per_tensor) for branch in branches)
+    return nn.ModuleList(QDQGrid(b, signed, constant, per_tensor, moved) for b in branches)
 
 
 def _parts(grids: nn.ModuleList | None, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:

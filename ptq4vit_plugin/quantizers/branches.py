@@ -103,10 +103,13 @@ def packed_codes(branches: list[Branch], x: Tensor) -> Tensor:
     """The k-bit code of every element: uint8 where codes are never negative, else int8.
 
     For a softmax twin the top bit is the range flag; for a GELU twin the sign selects the step.
+    8-bit codes less a zero point may fit neither and are int16.
     """
     codes = sum(branch.codes(x) + branch.flag * _flagged(branch, x) for branch in branches)
-    unsigned = all(branch.lowest >= 0 for branch in branches)
-    return codes.to(torch.uint8 if unsigned else torch.int8)
+    if all(branch.lowest >= 0 for branch in branches):
+        return codes.to(torch.uint8)
+    fits = all(branch.lowest >= -128 and branch.highest <= 127 for branch in branches)
+    return codes.to(torch.int8 if fits else torch.int16)
 
 
 def _flagged(branch: Branch, x: Tensor) -> Tensor | int:

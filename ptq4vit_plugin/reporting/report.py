@@ -17,6 +17,7 @@ from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.files import written_whole
 from ptq4vit_plugin.record import QuantizationRecord
+from ptq4vit_plugin.reporting.tables import twin_trial
 
 REPORT = "report.html"
 NEEDED = ("matplotlib", "jinja2")
@@ -94,6 +95,7 @@ def page(
         record=record,
         bits=_bits(record),
         worst=worst,
+        twins=_twins(record),
         floats=_floats(record),
         drawings=drawings,
         costs=_costs(record, results),
@@ -136,6 +138,16 @@ def _bits(record: QuantizationRecord | None) -> str:
         if widths:
             parts.append(f"{name} {'/'.join(map(str, sorted(widths)))} bit")
     return ", ".join(parts)
+
+
+def _twins(record: QuantizationRecord | None) -> list[tuple[str, str, str]]:
+    """Op, source, and what `twin: auto` compared."""
+    return [
+        (op.name, operand.source, twin_trial(operand.twin))
+        for op in (record.ops if record else ())
+        for operand in op.operands
+        if operand.twin is not None
+    ]
 
 
 def _floats(record: QuantizationRecord | None) -> list[tuple[str, str, str]]:

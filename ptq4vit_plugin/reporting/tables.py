@@ -8,7 +8,7 @@ from rich.table import Table
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.exporting import ExportReport
 from ptq4vit_plugin.plan import Operand, Plan
-from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord
+from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord, TwinTrial
 
 
 def plan_table(plan: Plan) -> Table:
@@ -109,7 +109,9 @@ def cost_line(record: QuantizationRecord) -> str:
 def _operand(operand: Operand | OperandRecord) -> str:
     if operand.quantizer is None:
         return f"{operand.source}: float ({operand.reason})"
-    return f"{operand.source}: {operand.quantizer} {operand.bits} bit per {operand.granularity}"
+    choice = getattr(operand, "alternative", None)
+    name = f"{operand.quantizer} or {choice}" if choice else operand.quantizer
+    return f"{operand.source}: {name} {operand.bits} bit per {operand.granularity}"
 
 
 def _operand_with_scale(operand: OperandRecord) -> str:
@@ -117,4 +119,11 @@ def _operand_with_scale(operand: OperandRecord) -> str:
         return _operand(operand)
     low, high = operand.searched_min, operand.searched_max
     scale = f"{low:.3g}" if low == high else f"{low:.3g} ... {high:.3g}"
-    return f"{operand.quantizer} {operand.bits} bit, {scale}"
+    text = f"{operand.quantizer} {operand.bits} bit, {scale}"
+    return text if operand.twin is None else f"{text}; {twin_trial(operand.twin)}"
+
+
+def twin_trial(trial: TwinTrial) -> str:
+    """What `twin: auto` compared, in words."""
+    verdict = "kept" if trial.kept else "not kept"
+    return f"twin {verdict}: objective {trial.twin:.3g}, uniform {trial.uniform:.3g}"

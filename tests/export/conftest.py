@@ -15,6 +15,10 @@ RECIPES = {
         name="vit_tiny_patch16_224",
         args=dict(img_size=32, patch_size=8, depth=2, num_classes=10, embed_dim=64, num_heads=2),
     ),
+    "convit": Recipe(
+        name="convit_tiny",
+        args=dict(img_size=32, patch_size=8, depth=2, local_up_to_layer=1, num_classes=10),
+    ),
     "swin": Recipe(
         name="swin_tiny_patch4_window7_224",
         args=dict(img_size=56, depths=(1, 2), num_heads=(2, 4), embed_dim=16, num_classes=10),

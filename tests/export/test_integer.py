@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import ptq4vit_plugin as ptq
-from ptq4vit_plugin.errors import CheckpointError, ExportError, PTQ4ViTError
+from ptq4vit_plugin.errors import CheckpointError, ExportError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.integer import product
 from ptq4vit_plugin.integrations.integer.checkpoint import pack, unpack
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
 from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
+from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.branches import Branch, branches_of, packed_codes
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELUQuantizer
@@ -100,16 +101,18 @@ def test_whole_model_is_close_to_the_simulation(family, bits, quantized, batch, 
 
 
 @pytest.mark.parametrize("hardware", [False, True])
-@pytest.mark.parametrize(("inner", "largest"), [(64, 128), (1040, 128), (3072, 255), (5000, 128)])
-def test_products_are_those_of_int64(inner, largest, hardware, monkeypatch):
+@pytest.mark.parametrize(
+    ("inner", "lowest", "highest"),
+    [(64, -128, 127), (1040, -128, 127), (3072, 0, 255), (5000, -128, 127), (700, -100, 155)],
+)
+def test_products_are_those_of_int64(inner, lowest, highest, hardware, monkeypatch):
     monkeypatch.setattr(product, "has_int8_dot", lambda device: hardware)
     generator = torch.Generator().manual_seed(inner)
     weight = torch.randint(-128, 128, (12, inner), generator=generator, dtype=torch.int8)
     weight[0], weight[1] = -128, 127
-    lowest = 0 if largest > 128 else -128
-    x = torch.randint(lowest, largest, (7, inner), generator=generator).float()
-    x[0], x[1] = lowest, largest - (largest == 128)
-    out = product.WeightProduct(weight, largest)(x)
+    x = torch.randint(lowest, highest + 1, (7, inner), generator=generator).float()
+    x[0], x[1] = lowest, highest
+    out = product.WeightProduct(weight, lowest, highest)(x)
     assert torch.equal(out.long(), x.long() @ weight.long().t())
 
 
@@ -213,6 +216,39 @@ class HiddenProducts(torch.nn.Module):
         return self.proj(x.mean(1))
 
 
+class ComputedWeight(torch.nn.Module):
+    """A linear whose weight is no parameter, between two whose weights are."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Linear(48, 24), torch.nn.Linear(24, 10)
+        self.weight = torch.nn.Parameter(torch.randn(24, 24))
+
+    def forward(self, x):
+        tokens = self.embed(F.unfold(x, 4, stride=4).transpose(1, 2))
+        return self.head(F.linear(tokens, self.weight.softmax(1)).mean(1))
+
+
+def test_target_integer_leaves_what_the_checkpoint_cannot_keep(tmp_path):
+    torch.manual_seed(0)
+    model, x = ComputedWeight().eval(), torch.randn(4, 3, 16, 16)
+    config = {"algorithm": "ptq4vit", "search_range": {"n": 5}, "rounds": 1}
+    quantized = ptq.quantize(model, [x], config)
+    with pytest.raises(ModelError, match="target: integer"):
+        ptq.export(quantized, tmp_path / "model", example_input=x)
+    quantized = ptq.quantize(model, [x], {**config, "target": "integer"})
+    assert ptq.export(quantized, tmp_path / "model", example_input=x).facts["integer_ops"] == 2
+
+
+@pytest.mark.parametrize(("kind", "port"), [("matmul", 1), ("linear", 0)])
+def test_rows_are_refused_where_no_factor_can_be_taken_out(kind, port):
+    rows = [Branch(torch.ones(1), 0, 255, per_row=True)]
+    op = QuantizedOp("attn/op/0", kind, kind, None, {port: rows})
+    with pytest.raises(ModelError, match="attn/op/0: only the left factor"):
+        check_rows([op])
+    check_rows([QuantizedOp("attn/op/0", "matmul", "attention_v", None, {0: rows})])
+
+
 def test_hidden_products_and_models_that_are_not_timms(tmp_path):
     torch.manual_seed(0)
     model, x = HiddenProducts().eval(), torch.randn(4, 3, 16, 16)
@@ -224,6 +260,26 @@ def test_hidden_products_and_models_that_are_not_timms(tmp_path):
         assert logit_sqnr(quantized(x), loaded(x)) > 25
     with pytest.raises(CheckpointError, match="model="):
         ptq.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_points_and_softmax_rows_compute_in_integers(
+    bits, quantized, batch, tmp_path, monkeypatch
+):
+    model, x = quantized("vit", bits, algorithm="ptq4vit_plus"), batch("vit", 8, seed=4)
+    operands = [o for op in ptq.describe(model) for o in op.operands]
+    assert {"asymmetric", "numerator"} < {o.quantizer for o in operands}
+    report = ptq.export(model, tmp_path / "m", example_input=x)
+    assert report.facts["float_ops"] == []
+    loaded = ptq.load(tmp_path / "m.safetensors")
+    with torch.no_grad():
+        out = loaded(x)
+        assert logit_sqnr(model(x), out) > 25
+        monkeypatch.setattr(product, "has_int8_dot", lambda device: True)
+        assert torch.equal(ptq.load(tmp_path / "m.safetensors")(x), out)
+    softmax = codes(loaded, x)["blocks/0/attn/matmul/1"][0]
+    peaks = softmax.amax(-1)  # of every row: 1 over the step of its head
+    assert softmax.dtype == torch.uint8 and (peaks == peaks[:1, :, :1]).all()
 
 
 def test_a_file_that_was_changed_or_cut_is_refused(quantized, batch, tmp_path):

@@ -57,6 +57,7 @@ class GridEntry(_Frozen):
     side: Literal["low", "high"] = "low"
     flag: int = 0
     bounded: bool = False
+    per_row: bool = False
 
 
 class OpEntry(_Frozen):

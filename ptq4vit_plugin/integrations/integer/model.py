@@ -19,7 +19,7 @@ from ptq4vit_plugin.integrations.integer.ops import (
     IntegerOp,
     WeightedOp,
 )
-from ptq4vit_plugin.integrations.lowering import QuantizedOp, factors, take_apart
+from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows, factors, take_apart
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 
 
@@ -29,9 +29,11 @@ def integer_model(model: nn.Module) -> tuple[ReplacedOps, list[QuantizedOp]]:
     Raises
     ------
     ModelError
-        See `take_apart`; or a weight is quantized to a sum of grids, which has no int8 form.
+        See `take_apart` and `check_rows`; or a weight is quantized to a sum of grids, which has no
+        int8 form.
     """
     taken, found = take_apart(model)
+    check_rows(found)
     ops = {op.name: _integer_op(taken, op) for op in found}
     for op in found:
         if isinstance(ops[op.name], WeightedOp):
@@ -108,7 +110,8 @@ def _integer_op(model: nn.Module, op: QuantizedOp) -> IntegerOp:
     if op.parameter is None:
         raise ModelError(
             f"{op.name}: its weight is computed while the model runs, and an integer checkpoint "
-            "keeps parameters only; leave the op out with ignored_scopes"
+            "keeps parameters only; quantize with target: integer, or leave the op out with "
+            "ignored_scopes"
         )
     branches = op.grids[1]
     if len(branches) > 1 or branches[0].highest > 127:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.integer.product import WeightProduct, batched_product
 from ptq4vit_plugin.integrations.lowering import factors
-from ptq4vit_plugin.quantizers.branches import Branch, packed_codes
+from ptq4vit_plugin.quantizers.branches import Branch, packed_codes, row_peak
 
 INT32 = 2**31
 
@@ -28,15 +27,10 @@ class Grids(nn.Module):
         See `branches_of`.
     """
 
-    FIELDS = ("lowest", "highest", "side", "flag", "bounded")
+    FIELDS = ("lowest", "highest", "side", "flag", "bounded", "per_row")
 
     def __init__(self, branches: list[Branch]) -> None:
         super().__init__()
-        if any(branch.per_row for branch in branches):
-            raise ModelError(
-                "the integer checkpoint has no softmax quantized row by row; export to openvino or "
-                "onnx, or quantize with twin: {softmax: true}"
-            )
         self.fields = [{name: getattr(b, name) for name in self.FIELDS} for b in branches]
         for number, branch in enumerate(branches):
             self.register_buffer(f"scale_{number}", branch.scale.detach().clone())
@@ -52,13 +46,25 @@ class Grids(nn.Module):
         ]
 
     @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return min(f["lowest"] for f in self.fields), max(f["highest"] for f in self.fields)
+
+    @property
     def largest(self) -> int:
         """Largest magnitude of a code."""
-        return max(max(-f["lowest"], f["highest"]) for f in self.fields)
+        lowest, highest = self.range
+        return max(-lowest, highest)
+
+    @property
+    def per_row(self) -> bool:
+        """Whether codes are of rows over their peaks."""
+        return any(f["per_row"] for f in self.fields)
 
     def values(self, x: Tensor) -> Tensor:
         """Numbers rounded to the grids' levels."""
-        return sum(branch.codes(x) * branch.scale for branch in self.branches)
+        total = sum(branch.codes(x) * branch.scale for branch in self.branches)
+        return total * row_peak(x) if self.per_row else total
 
     def shift(self) -> int | None:
         """m when the second of two scales is ``2^m`` of the first everywhere, m >= 0, else None."""
@@ -138,9 +144,8 @@ class WeightedOp(IntegerOp):
     def products(self) -> list[WeightProduct]:
         """The prepared weight, one matrix per group of a convolution."""
         if not self._product or self._product[0].device != self.codes.device:
-            largest = self.left.largest
             matrices = self.codes.flatten(1).tensor_split(self.groups)
-            self._product = [WeightProduct(matrix, largest) for matrix in matrices]
+            self._product = [WeightProduct(matrix, *self.left.range) for matrix in matrices]
         return self._product
 
     groups = 1
@@ -241,7 +246,7 @@ class IntegerMatmul(IntegerOp):
             for right_codes, right_scale in rights:
                 part = batched_product(codes, right_codes, largest) * (branch.scale * right_scale)
                 out = part if out is None else out.add_(part)
-        return out
+        return out * row_peak(left) if self.left.per_row else out
 
     def input_codes(self, left: Tensor, right: Tensor) -> dict[int, Tensor]:
         sides = ((0, self.left, left), (1, self.right, right))

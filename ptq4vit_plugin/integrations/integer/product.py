@@ -22,13 +22,15 @@ class WeightProduct:
     ----------
     weight
         int8 codes ``[O, I]``.
-    largest
-        Largest magnitude of an activation code.
+    lowest, highest
+        Smallest and largest activation code.
     """
 
-    def __init__(self, weight: Tensor, largest: int) -> None:
+    def __init__(self, weight: Tensor, lowest: int, highest: int) -> None:
+        largest = max(-lowest, highest)
         self.device = weight.device
-        self.largest = largest
+        # Moves codes into int8's range.
+        self.offset = 0 if lowest >= -128 and highest <= 127 else lowest + 128
         self.bound = int(weight.long().abs().sum(1).max()) * largest
         self.integer = has_int8_dot(weight.device)
         if self.integer:
@@ -50,11 +52,11 @@ class WeightProduct:
         int32 then.)
         """
         if self.integer:
-            if self.largest <= 128:
+            if not self.offset:
                 return int_matmul(codes.to(torch.int8), self.matrix)
-            # Codes up to 255 are moved into int8's range, and the weights' sums make up for it.
-            moved = int_matmul((codes - 128).to(torch.int8), self.matrix)
-            return moved.add_(self.column_sums * 128)
+            # The weights' sums make up for what codes are moved by.
+            moved = int_matmul((codes - self.offset).to(torch.int8), self.matrix)
+            return moved.add_(self.column_sums * self.offset)
         if len(self.parts) == 1:
             return codes @ self.parts[0]
         widths = [part.shape[0] for part in self.parts]

@@ -42,7 +42,7 @@ def check(device: torch.device) -> list[str]:
         simulated = module(x[0, 0])
         different = ((codes * branch.scale - simulated).abs() > branch.scale / 2).sum()
         lines = [_line(int(different) <= 1e-4 * codes.numel(), "simulated = codes * scale")]
-        product = WeightProduct(weight.to(device), 128)
+        product = WeightProduct(weight.to(device), -128, 127)
         expected = codes.cpu().long() @ weight.long().t()
         lines.append(_line(torch.equal(product(codes).cpu().long(), expected), "linear = int64"))
         heads = codes[: ROWS // 8, :64].expand(2, 6, -1, -1)
