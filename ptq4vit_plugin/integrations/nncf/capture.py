@@ -204,13 +204,13 @@ def record(
         if source.parameter is None
     }
     outputs = {op.name: keep_squared_gradient(op.name) for op in ops} if gradient else {}
-    with watching(model, inputs, outputs), _frozen(model):
+    with watching(model, inputs, outputs), frozen(model):
         for batch in data:
             with torch.set_grad_enabled(gradient is not None):
                 result = run(model, batch.to(model))
                 kept.forget()
                 if gradient:
-                    _backward(outputs_of(model, result), gradient, batch)
+                    backward(outputs_of(model, result), gradient, batch)
             progress()
     for name, seen in recorded.items():
         if not all(value.isfinite().all() for value in seen.fisher):
@@ -250,11 +250,11 @@ def token_weights(
 
         return see
 
-    with watching(model, {}, {op.name: keep(op) for op in ops}), _frozen(model):
+    with watching(model, {}, {op.name: keep(op) for op in ops}), frozen(model):
         for batch in data:
             with torch.enable_grad():
                 result = run(model, batch.to(model))
-                _backward(outputs_of(model, result), gradient, batch)
+                backward(outputs_of(model, result), gradient, batch)
     return {name: torch.cat(parts) for name, parts in kept.items() if parts}
 
 
@@ -348,7 +348,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
+def backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
     if gradient.kind == "labels" and not outputs.are_logits:
         raise DataError(
             "gradient.kind is 'labels' but the model returns no class scores; use 'output'"
@@ -369,7 +369,7 @@ def _backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
         loss.backward(retain_graph=probe + 1 < gradient.probes)
 
 
-class _frozen:
+class frozen:
     """Evaluation mode and no gradients for parameters, restored on exit."""
 
     def __init__(self, model: nn.Module) -> None:

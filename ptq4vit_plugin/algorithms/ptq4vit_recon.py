@@ -1,0 +1,29 @@
+"""PTQ4ViT plus with block reconstruction: minutes of learning for 4 and 3 bits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from nncf.common.graph.graph import NNCFGraph
+
+from ptq4vit_plugin.algorithms.ptq4vit_plus import PTQ4ViTPlus
+from ptq4vit_plugin.algorithms.reconstruct import Learning, Reconstruct
+from ptq4vit_plugin.integrations.nncf import hooks
+
+
+class PTQ4ViTRecon(PTQ4ViTPlus):
+    """`PTQ4ViTPlus`, and from where it ends `Reconstruct`, with the model as it came as target."""
+
+    reconstruct: Learning = Learning()
+
+    def apply(
+        self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
+    ) -> Any:
+        """Fold, search, compensate and learn in place; return the model. Raises as these do."""
+        module = hooks.unwrap(model)
+        data = self.calibration_batches(dataset)
+        teacher = copy.deepcopy(module)
+        super().apply(model, graph, dataset=data)
+        Reconstruct(**dict(self.reconstruct)).reconstruct(module, teacher, data)
+        return model
