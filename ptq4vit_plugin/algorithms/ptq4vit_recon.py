@@ -8,7 +8,7 @@ from typing import Any
 from nncf.common.graph.graph import NNCFGraph
 
 from ptq4vit_plugin.algorithms.ptq4vit_plus import PTQ4ViTPlus
-from ptq4vit_plugin.algorithms.reconstruct import Learning, Reconstruct
+from ptq4vit_plugin.algorithms.reconstruct import Learning, Reconstruct, split
 from ptq4vit_plugin.integrations.nncf import hooks
 
 
@@ -24,6 +24,8 @@ class PTQ4ViTRecon(PTQ4ViTPlus):
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
         teacher = copy.deepcopy(module)
-        super().apply(model, graph, dataset=data)
-        Reconstruct(**dict(self.reconstruct)).reconstruct(module, teacher, data)
+        # What decides is seen by no step before: it would favour what was fitted to it.
+        fit, check = split(data)
+        super().apply(model, graph, dataset=fit)
+        Reconstruct(**dict(self.reconstruct)).reconstruct(module, teacher, fit, check)
         return model

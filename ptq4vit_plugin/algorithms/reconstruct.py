@@ -15,6 +15,7 @@ from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.reconstruction.learned import LearnedActivation, LearnedWeight
 from ptq4vit_plugin.algorithms.reconstruction.optimise import Group, learn, weighted_error
+from ptq4vit_plugin.algorithms.reconstruction.variations import varied
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.device import device_of
 from ptq4vit_plugin.integrations.nncf import hooks
@@ -34,8 +35,34 @@ HELD_OUT = 4
 #: Learning rates of Adam: weights in steps, steps by their logarithm, zero points in codes, biases
 #: and factors of norms relative to their root mean square.
 WEIGHT_RATE, STEP_RATE, ZERO_RATE, BIAS_RATE = 1e-2, 3e-3, 1e-2, 2e-3
-#: Rates and kind of the pass over the whole model.
+#: Images from which the whole model is learned, variations included, when there are fewer.
+POOL = 512
+#: The name of the whole model as a block.
 WHOLE = ""
+
+
+def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The images that are learned from, and every fourth, which is held out.
+
+    Raises
+    ------
+    DataError
+        There are too few to hold any out.
+    """
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    images = 0
+    for batch in data:
+        held = torch.arange(images, images + len(batch)) % HELD_OUT == HELD_OUT - 1
+        for part, wanted in zip(parts, (~held, held), strict=True):
+            if wanted.any():
+                part.append(batch.of(wanted.nonzero()[:, 0]))
+        images += len(batch)
+    if images < HELD_OUT:
+        raise DataError(
+            f"reconstruct: {images} calibration images; allowed: at least {HELD_OUT}, because "
+            "every fourth is held out"
+        )
+    return parts
 
 
 class Learning(BaseModel):
@@ -104,72 +131,83 @@ class Reconstruct(CalibratedAlgorithm, Learning):
                 "model that would be the target is gone; use it in place of 'compensate', or the "
                 "algorithm 'ptq4vit_recon'"
             )
-        self.reconstruct(module, teacher, data)
+        self.reconstruct(module, teacher, *split(data))
         return model
 
-    def reconstruct(self, module: nn.Module, teacher: nn.Module, data: Sequence[Batch]) -> None:
-        """`apply` for a bare quantized module, the float model and checked batches."""
-        images = sum(map(len, data))
-        if images < HELD_OUT:
-            raise DataError(
-                f"reconstruct: {images} calibration images; allowed: at least {HELD_OUT}, of which "
-                "every fourth is held out"
-            )
-        names = find_blocks(module, data[0]) if self.iterations else []
-        iterations = dict.fromkeys(names, self.iterations)
-        if self.finish:
-            iterations[WHOLE] = self.finish
-        with progress("Reconstructing", len(iterations)) as advance, frozen(module):
-            for place, (name, steps) in enumerate(iterations.items()):
-                outcome = self._learn(module, teacher, data, name, steps, place)
-                advance(name or "whole model")
-                if outcome is not None:
-                    event("block", name=name, before=outcome.before, after=outcome.after)
+    def reconstruct(
+        self, module: nn.Module, teacher: nn.Module, fit: Sequence[Batch], check: Sequence[Batch]
+    ) -> None:
+        """`apply` for a bare quantized module, its float model, and images by `split`."""
+        names = find_blocks(module, fit[0]) if self.iterations else []
+        with progress("Reconstructing", len(names) + 1) as advance, frozen(module):
+            for place, name in enumerate(names):
+                random = _Random(module, self.seed + place)
+                exact = [watch_block(teacher, name, part, self.gradient) for part in (fit, check)]
+                self._learn(module, name, [fit, check], exact, self.iterations, self.drop, random)
+                advance(name)
+            if self.finish:
+                random = _Random(module, self.seed + len(names))
+                fit = _with_variations(fit, random.host)
+                exact = [watch_block(teacher, WHOLE, part) for part in (fit, check)]
+                self._learn(module, WHOLE, [fit, check], exact, self.finish, 0.0, random)
+            advance("whole model")
 
     def _learn(
         self,
         module: nn.Module,
-        teacher: nn.Module,
-        data: Sequence[Batch],
         name: str,
+        parts: Sequence[Sequence[Batch]],
+        exact: Sequence[Call | None],
         iterations: int,
-        place: int,
-    ) -> Any:
-        """Learn one block; None if it cannot be called by itself."""
-        whole = name == WHOLE
-        exact = watch_block(teacher, name, data, None if whole else self.gradient)
-        with torch.no_grad():
-            seen = watch_block(module, name, data)
-        if exact is None or seen is None:
-            return None
-        block = _Block(module, name, seen, exact, 0.0 if whole else self.drop, self.seed + place)
-        place_of = torch.arange(len(exact.output))
-        out = place_of % HELD_OUT == HELD_OUT - 1
+        drop: float,
+        random: _Random,
+    ) -> None:
+        """Learn one block, unless it cannot be called by itself."""
+        seen = [watch_block(module, name, part) for part in parts]
+        if None in (*seen, *exact):
+            return
+        fit, check = (_Comparison(*pair) for pair in zip(seen, exact, strict=True))
+        block = _Learner(module, name, random.device)
         try:
             outcome = learn(
-                block.loss,
-                lambda: block.error(place_of[out], self.batch_size),
+                lambda images: block.loss(fit, images, drop),
+                lambda: block.error(check, self.batch_size),
                 block.groups(),
-                place_of[~out],
+                len(fit),
                 iterations,
                 self.batch_size,
-                torch.Generator().manual_seed(self.seed + place),
+                random.host,
             )
         finally:
             block.finish()
-        return outcome
+        event("block", name=name, before=outcome.before, after=outcome.after)
 
 
-class _Block:
-    """A block (or the whole model) whose quantizers are exchanged for learned ones."""
+class _Random:
+    """Two sources of randomness from one seed: on the CPU, and where the model is."""
 
-    def __init__(
-        self, module: nn.Module, name: str, seen: Call, exact: Call, drop: float, seed: int
-    ) -> None:
-        self.module, self.name, self.seen, self.exact, self.drop = module, name, seen, exact, drop
+    def __init__(self, module: nn.Module, seed: int) -> None:
+        self.host = torch.Generator().manual_seed(seed)
+        self.device = torch.Generator(device_of(module)).manual_seed(seed)
+
+
+class _Comparison:
+    """Some images as a block sees them in the quantized and in the float model."""
+
+    def __init__(self, seen: Call, exact: Call) -> None:
+        self.seen, self.exact = seen, exact
         importance = exact.importance
         self.importance = None if importance is None else importance / importance.mean()
-        self.generator = torch.Generator(device_of(module)).manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.exact.output)
+
+
+class _Learner:
+    """A block (or the whole model) whose quantizers are exchanged for learned ones."""
+
+    def __init__(self, module: nn.Module, name: str, generator: torch.Generator) -> None:
+        self.module, self.name, self.generator = module, name, generator
         self.activations: list[LearnedActivation] = []
         self.weights: list[LearnedWeight] = []
         parameters = dict(module.named_parameters())
@@ -210,23 +248,23 @@ class _Block:
                 parameter.requires_grad_(True)
         return groups
 
-    def loss(self, images: Tensor) -> Tensor:
-        """The weighted error on some images, with random activations in float."""
-        images = images.to(self.exact.output.device)
-        args, kwargs = self.seen.of(images)
-        if self.drop:
-            exact_args, exact_kwargs = self.exact.of(images)
-            args = tuple(map(self._mixed, args, exact_args))
-            kwargs = {key: self._mixed(kwargs[key], exact_kwargs[key]) for key in kwargs}
-        return self._error(args, kwargs, images, self.drop)
+    def loss(self, of: _Comparison, images: Tensor, drop: float) -> Tensor:
+        """The weighted error on some images, with random tokens in float."""
+        images = images.to(of.exact.output.device)
+        args, kwargs = of.seen.of(images)
+        if drop:
+            exact_args, exact_kwargs = of.exact.of(images)
+            args = tuple(self._mixed(*pair, drop) for pair in zip(args, exact_args, strict=True))
+            kwargs = {k: self._mixed(v, exact_kwargs[k], drop) for k, v in kwargs.items()}
+        return self._error(of, args, kwargs, images, drop)
 
     @torch.no_grad()
-    def error(self, images: Tensor, batch_size: int) -> float:
-        """The weighted error on some images, everything quantized."""
-        total = 0.0
-        for some in images.to(self.exact.output.device).split(batch_size):
-            total += float(self._error(*self.seen.of(some), some, 0.0)) * len(some)
-        return total / len(images)
+    def error(self, of: _Comparison, batch_size: int) -> float:
+        """The weighted error on all images, everything quantized."""
+        images, total = torch.arange(len(of), device=of.exact.output.device), 0.0
+        for some in images.split(batch_size):
+            total += float(self._error(of, *of.seen.of(some), some, 0.0)) * len(some)
+        return total / len(of)
 
     def finish(self) -> None:
         """Put the quantizers back, with what was learned."""
@@ -236,20 +274,32 @@ class _Block:
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def _error(self, args: Any, kwargs: Any, images: Tensor, drop: float) -> Tensor:
+    def _error(
+        self, of: _Comparison, args: Any, kwargs: Any, images: Tensor, drop: float
+    ) -> Tensor:
         for learned in self.activations:
             learned.drop = drop
         output = run_block(self.module, self.name, args, kwargs)
-        importance = None if self.importance is None else self.importance[images]
-        return weighted_error(output, self.exact.output[images], importance)
+        importance = None if of.importance is None else of.importance[images]
+        return weighted_error(output, of.exact.output[images], importance)
 
-    def _mixed(self, seen: Any, exact: Any) -> Any:
+    def _mixed(self, seen: Any, exact: Any, drop: float) -> Any:
         """Tokens of the quantized model's input, some of them the float model's."""
         if not isinstance(seen, Tensor) or not seen.is_floating_point():
             return seen
-        shape = (*seen.shape[:-1], 1)
-        chance = torch.rand(shape, generator=self.generator, device=seen.device)
-        return torch.where(chance < self.drop, exact, seen)
+        chance = torch.rand((*seen.shape[:-1], 1), generator=self.generator, device=seen.device)
+        return torch.where(chance < drop, exact, seen)
+
+
+def _with_variations(data: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
+    """The batches, and variations of their images up to `POOL` in all, if images are all there
+    is."""
+    if any(batch.kwargs or len(batch.args) != 1 or batch.args[0].ndim != 4 for batch in data):
+        return list(data)
+    images = torch.cat([batch.args[0] for batch in data])
+    new = varied(images, max(0, POOL - len(images)), generator)
+    size = len(data[0])
+    return [*data, *(Batch((part,), {}) for part in new.split(size) if len(part))]
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def learn(
     loss: Callable[[Tensor], Tensor],
     error: Callable[[], float],
     groups: Sequence[Group],
-    images: Tensor,
+    images: int,
     iterations: int,
     batch_size: int,
     generator: torch.Generator,
@@ -49,7 +49,7 @@ def learn(
     error
         On images that are held out.
     images
-        Places of the images that are learned from, on the CPU.
+        How many there are to be learned from.
     iterations
         Steps; rates fall to zero along a cosine.
     batch_size
@@ -67,9 +67,8 @@ def learn(
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, iterations)
     every = math.ceil(iterations / CHECKS)
     for step in range(1, iterations + 1):
-        some = torch.randperm(len(images), generator=generator)[:batch_size]
         adam.zero_grad()
-        loss(images[some]).backward()
+        loss(torch.randperm(images, generator=generator)[:batch_size]).backward()
         adam.step()
         cosine.step()
         if step % every == 0 or step == iterations:

@@ -50,6 +50,20 @@ class Batch:
             kwargs={k: move(v) for k, v in self.kwargs.items()},
         )
 
+    def of(self, images: Tensor) -> Batch:
+        """Some of its images, given by their places in it."""
+
+        def cut(value: Any) -> Any:
+            per_image = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
+            return value[images] if per_image else value
+
+        return replace(
+            self,
+            args=tuple(map(cut, self.args)),
+            kwargs={k: cut(v) for k, v in self.kwargs.items()},
+            labels=cut(self.labels),
+        )
+
     def __len__(self) -> int:
         return next(len(v) for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
 
