@@ -147,7 +147,9 @@ class Reconstruct(CalibratedAlgorithm, Learning):
                 advance(name)
             if self.finish:
                 random = _Random(module, self.seed + len(names))
-                fit = _with_variations(fit, random.host)
+                # More than are drawn would be of no use.
+                pool = min(POOL, self.finish * self.batch_size)
+                fit = _with_variations(fit, pool, random.host)
                 exact = [watch_block(teacher, WHOLE, part) for part in (fit, check)]
                 self._learn(module, WHOLE, [fit, check], exact, self.finish, 0.0, random)
             advance("whole model")
@@ -163,7 +165,9 @@ class Reconstruct(CalibratedAlgorithm, Learning):
         random: _Random,
     ) -> None:
         """Learn one block, unless it cannot be called by itself."""
-        seen = [watch_block(module, name, part) for part in parts]
+        # The whole model sees the same images, quantized or not.
+        whole = name == WHOLE
+        seen = exact if whole else [watch_block(module, name, part) for part in parts]
         if None in (*seen, *exact):
             return
         fit, check = (_Comparison(*pair) for pair in zip(seen, exact, strict=True))
@@ -291,13 +295,13 @@ class _Learner:
         return torch.where(chance < drop, exact, seen)
 
 
-def _with_variations(data: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
-    """The batches, and variations of their images up to `POOL` in all, if images are all there
-    is."""
+def _with_variations(data: Sequence[Batch], pool: int, generator: torch.Generator) -> list[Batch]:
+    """The batches, and variations of their images up to `pool` in all, if a batch is images and
+    nothing else."""
     if any(batch.kwargs or len(batch.args) != 1 or batch.args[0].ndim != 4 for batch in data):
         return list(data)
     images = torch.cat([batch.args[0] for batch in data])
-    new = varied(images, max(0, POOL - len(images)), generator)
+    new = varied(images, max(0, pool - len(images)), generator)
     size = len(data[0])
     return [*data, *(Batch((part,), {}) for part in new.split(size) if len(part))]
 

@@ -65,15 +65,17 @@ class LearnedActivation(nn.Module):
         """Distance between two levels."""
         return self.start * self.growth.exp()
 
+    def _zero(self) -> Tensor:
+        """The zero point as a code; zero if there is none."""
+        if self.zero is None:
+            return torch.zeros_like(self.start)
+        return rounded(self.zero.clamp(self.lowest, self.highest))
+
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on the levels, each row in float with probability `drop`."""
         step = self.step() * row_peak(x.detach()) if self.per_row else self.step()
-        if self.zero is None:
-            codes = rounded((x / step).clamp(self.lowest, self.highest))
-        else:
-            zero = rounded(self.zero.clamp(self.lowest, self.highest))
-            codes = torch.minimum(rounded(x / step), self.highest - zero)
-            codes = torch.maximum(codes, self.lowest - zero)
+        zero = self._zero()
+        codes = rounded((x / step).clamp(self.lowest - zero, self.highest - zero))
         quantized = codes * step
         if not self.drop:
             return quantized
@@ -89,8 +91,7 @@ class LearnedActivation(nn.Module):
         if isinstance(quantizer, NumeratorQuantizer):
             quantizer.step.copy_(step)
         elif self.zero is not None:
-            zero = self.zero.clamp(self.lowest, self.highest).round()
-            quantizer.input_low.copy_(-zero * step)
+            quantizer.input_low.copy_(-self._zero() * step)
             quantizer.input_range.copy_(step * self.highest - quantizer.eps)
         else:
             quantizer.scale.copy_(step * self.highest - quantizer.eps)

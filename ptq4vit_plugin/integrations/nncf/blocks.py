@@ -200,9 +200,7 @@ def _joined(parts: Sequence[Call]) -> Call:
     """The calls of several batches as one."""
 
     def join(values: Sequence[Any]) -> Any:
-        per_image = all(
-            part._per_image(value) for part, value in zip(parts, values, strict=True)
-        )
+        per_image = all(part._per_image(value) for part, value in zip(parts, values, strict=True))
         return torch.cat(list(values)) if per_image else values[0]
 
     return Call(
