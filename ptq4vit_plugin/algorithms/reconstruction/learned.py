@@ -8,6 +8,8 @@ steps of all sizes and none becomes negative.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
@@ -19,6 +21,33 @@ from ptq4vit_plugin.quantizers.numerator import NumeratorQuantizer
 def rounded(x: Tensor) -> Tensor:
     """``round(x)`` with gradient 1."""
     return x + (x.round() - x).detach()
+
+
+class _Levels(torch.autograd.Function):
+    """``step * clamp(round(x / step), lowest - zero, highest - zero)``, `zero` a whole number.
+
+    Written out, because autograd would keep and mask a dozen tensors of the size of ``x``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, zero: Tensor, lowest: int, highest: int
+    ) -> Tensor:
+        ratio = x / step
+        clamped = ratio.clamp(lowest - zero, highest - zero)
+        inside, codes = ratio == clamped, clamped.round()
+        ctx.save_for_backward(step, zero, clamped, codes, inside)
+        return codes * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        step, zero, clamped, codes, inside = ctx.saved_tensors
+        through = grad * inside
+        limited = grad - through
+        # Inside the range the offset of the rounding stays, outside the limit's code does.
+        of_step = torch.addcmul(limited * codes, through, codes - clamped)
+        of_zero = -(limited * step)
+        return through, of_step.sum_to_size(step.shape), of_zero.sum_to_size(zero.shape), None, None
 
 
 class LearnedActivation(nn.Module):
@@ -74,9 +103,7 @@ class LearnedActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on the levels, each row in float with probability `drop`."""
         step = self.step() * row_peak(x.detach()) if self.per_row else self.step()
-        zero = self._zero()
-        codes = rounded((x / step).clamp(self.lowest - zero, self.highest - zero))
-        quantized = codes * step
+        quantized = _Levels.apply(x, step, self._zero(), self.lowest, self.highest)
         if not self.drop:
             return quantized
         shape = (*x.shape[:-1], 1)
