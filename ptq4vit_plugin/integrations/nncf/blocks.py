@@ -56,10 +56,12 @@ def find_blocks(model: nn.Module, batch: Batch) -> list[str]:
         modules[name].register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
         for name in blocks | alone
     ]
-    with torch.no_grad():
-        run(model, batch.to(model))
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.no_grad():
+            run(model, batch.to(model))
+    finally:
+        for handle in handles:
+            handle.remove()
     return list(order)
 
 
@@ -136,13 +138,16 @@ def watch_block(
         None if the block cannot be learned by itself: it is not called exactly once, or does not
         return one tensor with an entry per image.
     """
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    outputs: list[Any] = []
     squares: list[Tensor] = []
 
-    def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        kept = output.detach().clone() if isinstance(output, Tensor) else None
-        calls.append((_kept(args), _kept(kwargs), kept))
-        if gradient is None or kept is None:
+    def see_inputs(_: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs.append((_kept(args), _kept(kwargs)))
+
+    def see_output(_: nn.Module, args: Any, output: Any) -> Any:
+        outputs.append(output.detach().clone() if isinstance(output, Tensor) else None)
+        if gradient is None or outputs[-1] is None:
             return None
         # Parameters are frozen: autograd follows the forward pass from here. A copy, because what
         # comes next may write in place.
@@ -156,22 +161,27 @@ def watch_block(
         first.register_hook(add)
         return first
 
-    handle = model.get_submodule(name).register_forward_hook(see, with_kwargs=True)
+    block = model.get_submodule(name)
+    handles = [
+        block.register_forward_pre_hook(see_inputs, with_kwargs=True),
+        block.register_forward_hook(see_output),
+    ]
     parts: list[Call] = []
     try:
         with frozen(model):
             for batch in data:
-                calls.clear()
-                squares.clear()
+                for seen in (inputs, outputs, squares):
+                    seen.clear()
                 with torch.set_grad_enabled(gradient is not None):
                     result = run(model, batch.to(model))
                     if gradient is not None and squares:
                         backward(outputs_of(model, result), gradient, batch)
-                if len(calls) != 1 or calls[0][2] is None or len(calls[0][2]) != len(batch):
+                if len(outputs) != 1 or outputs[0] is None or len(outputs[0]) != len(batch):
                     return None
-                parts.append(Call(*calls[0], squares[0] if squares else None))
+                parts.append(Call(*inputs[0], outputs[0], squares[0] if squares else None))
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return _joined(parts)
 
 
