@@ -76,8 +76,8 @@ class Learning(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    iterations: int = Field(default=200, ge=0, description="steps per block")
-    finish: int = Field(default=200, ge=0, description="steps on the whole model after that")
+    iterations: int = Field(default=50, ge=0, description="steps per block")
+    finish: int = Field(default=250, ge=0, description="steps on the whole model after that")
     batch_size: int = Field(default=16, ge=1, description="images per step")
     drop: float = Field(
         default=0.5, ge=0, lt=1, description="share of tokens left in float while a block learns"

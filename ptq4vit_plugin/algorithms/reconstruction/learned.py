@@ -72,11 +72,11 @@ class LearnedActivation(nn.Module):
         elif isinstance(quantizer, AsymmetricQuantizer):
             self.lowest, self.highest = 0, quantizer.levels - 1
             step = (quantizer.input_range + quantizer.eps) / self.highest
-            zero = nn.Parameter((-quantizer.input_low / step).round().detach())
+            zero = nn.Parameter((-quantizer.input_low / step).round().detach().float())
         else:
             self.lowest, self.highest = quantizer.level_low, quantizer.level_high
             step = (quantizer.scale + quantizer.eps) / self.highest
-        self.start = step.detach().clone()
+        self.start = step.detach().float().clone()
         self.growth = nn.Parameter(torch.zeros_like(self.start))
         self.zero = zero
         self.drop = 0.0
@@ -102,8 +102,11 @@ class LearnedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on the levels, each row in float with probability `drop`."""
-        step = self.step() * row_peak(x.detach()) if self.per_row else self.step()
-        quantized = _Levels.apply(x, step, self._zero(), self.lowest, self.highest)
+        values, step = x.float(), self.step()
+        if self.per_row:
+            step = step * row_peak(values.detach())
+        quantized = _Levels.apply(values, step, self._zero(), self.lowest, self.highest)
+        quantized = quantized.to(x.dtype)
         if not self.drop:
             return quantized
         shape = (*x.shape[:-1], 1)
@@ -139,9 +142,10 @@ class LearnedWeight(nn.Module):
     def __init__(self, quantizer: SymmetricQuantizer, parameter: nn.Parameter) -> None:
         super().__init__()
         self.lowest, self.highest = quantizer.level_low, quantizer.level_high
-        self.start = ((quantizer.scale + quantizer.eps) / self.highest).detach().clone()
+        step = (quantizer.scale + quantizer.eps) / self.highest
+        self.start = step.detach().float().clone()
         self.growth = nn.Parameter(torch.zeros_like(self.start))
-        self.codes = nn.Parameter((parameter.detach() / self.start).float())
+        self.codes = nn.Parameter(parameter.detach().float() / self.start)
         self.quantizer, self.parameter = (quantizer,), (parameter,)
 
     @classmethod
@@ -152,7 +156,7 @@ class LearnedWeight(nn.Module):
     def forward(self, _: Tensor) -> Tensor:
         """Return the weight on its levels, whatever the parameter is."""
         codes = rounded(self.codes.clamp(self.lowest, self.highest))
-        return codes * (self.start * self.growth.exp())
+        return (codes * (self.start * self.growth.exp())).to(self.parameter[0].dtype)
 
     @torch.no_grad()
     def finish(self) -> nn.Module:
