@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.algorithms.gradient import Gradient
-from ptq4vit_plugin.algorithms.reconstruct import split
+from ptq4vit_plugin.algorithms.reconstruct import split, without_quantizers
 from ptq4vit_plugin.algorithms.reconstruction.learned import LearnedActivation, LearnedWeight
 from ptq4vit_plugin.algorithms.reconstruction.optimise import Group, learn, weighted_error
 from ptq4vit_plugin.algorithms.reconstruction.variations import varied
@@ -27,6 +27,7 @@ from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.blocks import find_blocks, run_block, watch_block
 from ptq4vit_plugin.integrations.nncf.capture import batches, frozen
 from ptq4vit_plugin.quantizers.numerator import NumeratorQuantizer
+from ptq4vit_plugin.record import record_of
 
 SEARCH = {
     "algorithm": "ptq4vit",
@@ -328,6 +329,7 @@ def test_preset_from_a_config():
     same = ptq.quantize(model, data, config | {"reconstruct": {"iterations": 0, "finish": 0}})
     assert torch.equal(same(data[0]), plus(data[0]))
     result = ptq.quantize(model, data, config | {"reconstruct": RATES})
+    assert record_of(result).images == 16 and record_of(result).algorithm == "PTQ4ViTRecon"
     assert held_out_error(result, model, data) <= held_out_error(plus, model, data)
 
 
@@ -337,6 +339,14 @@ def test_learning_inside_a_frozen_model_leaves_it_as_it_was(learned):
         assert not any(p.requires_grad for p in result.parameters())
     assert all(p.grad is None for p in result.parameters())
     assert not result.training
+
+
+def test_the_target_keeps_the_factors_of_smooth_quant():
+    model, data = small_vit(1), images(1, 4)
+    quantized = ptq.quantize(model, data, [{"algorithm": "smooth_quant"}, SEARCH])
+    target = without_quantizers(quantized)
+    assert not torch.allclose(quantized(data[0]), model(data[0]), atol=1e-2)
+    torch.testing.assert_close(target(data[0]), model(data[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_split_holds_out_every_fourth_image_across_batches():

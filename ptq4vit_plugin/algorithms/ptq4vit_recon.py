@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 from nncf.common.graph.graph import NNCFGraph
@@ -10,6 +11,7 @@ from nncf.common.graph.graph import NNCFGraph
 from ptq4vit_plugin.algorithms.ptq4vit_plus import PTQ4ViTPlus
 from ptq4vit_plugin.algorithms.reconstruct import Learning, Reconstruct, split
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.record import attach, record_of
 
 
 class PTQ4ViTRecon(PTQ4ViTPlus):
@@ -21,6 +23,7 @@ class PTQ4ViTRecon(PTQ4ViTPlus):
         self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
     ) -> Any:
         """Fold, search, compensate and learn in place; return the model. Raises as these do."""
+        started = time.perf_counter()
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
         teacher = copy.deepcopy(module)
@@ -28,4 +31,6 @@ class PTQ4ViTRecon(PTQ4ViTPlus):
         fit, check = split(data)
         super().apply(model, graph, dataset=fit)
         Reconstruct(**dict(self.reconstruct)).reconstruct(module, teacher, fit, check)
+        whole = {"images": sum(map(len, data)), "seconds": time.perf_counter() - started}
+        attach(module, record_of(module).model_copy(update=whole))
         return model

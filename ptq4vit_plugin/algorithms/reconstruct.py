@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
+from nncf.torch.quantization.layers import SQMultiply
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
@@ -114,15 +115,13 @@ class Reconstruct(CalibratedAlgorithm, Learning):
         data = self.calibration_batches(dataset)
         if next(hooks.hooks(module), None) is None:
             raise ModelError("reconstruct: the model has no quantizers; quantize it before that")
-        with hooks.switched_off(module):
-            teacher = copy.deepcopy(module)
         if _is_rounded(module):
             raise ModelError(
                 "reconstruct: all weights lie on their quantizers' levels already, so the float "
                 "model that would be the target is gone; use it in place of 'compensate', or the "
                 "algorithm 'ptq4vit_recon'"
             )
-        self.reconstruct(module, teacher, *split(data))
+        self.reconstruct(module, without_quantizers(module), *split(data))
         return model
 
     def reconstruct(
@@ -195,6 +194,15 @@ def _with_variations(data: Sequence[Batch], pool: int, generator: torch.Generato
     new = varied(images, max(0, pool - len(images)), generator)
     size = len(data[0])
     return [*data, *(Batch((part,), {}) for part in new.split(size) if len(part))]
+
+
+def without_quantizers(module: nn.Module) -> nn.Module:
+    """A copy of a quantized model that computes in float; factors of SmoothQuant are part of it."""
+    copied = copy.deepcopy(module)
+    for hook in list(hooks.hooks(copied)):
+        if not isinstance(hook.module, SQMultiply):
+            hooks.replace(copied, hook.module, nn.Identity())
+    return copied
 
 
 @torch.no_grad()
