@@ -50,6 +50,20 @@ class Batch:
             kwargs={k: move(v) for k, v in self.kwargs.items()},
         )
 
+    def of(self, images: Tensor) -> Batch:
+        """Some of its images, given by their places in it."""
+
+        def cut(value: Any) -> Any:
+            per_image = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
+            return value[images] if per_image else value
+
+        return replace(
+            self,
+            args=tuple(map(cut, self.args)),
+            kwargs={k: cut(v) for k, v in self.kwargs.items()},
+            labels=cut(self.labels),
+        )
+
     def __len__(self) -> int:
         return next(len(v) for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
 
@@ -204,13 +218,13 @@ def record(
         if source.parameter is None
     }
     outputs = {op.name: keep_squared_gradient(op.name) for op in ops} if gradient else {}
-    with watching(model, inputs, outputs), _frozen(model):
+    with watching(model, inputs, outputs), frozen(model):
         for batch in data:
             with torch.set_grad_enabled(gradient is not None):
                 result = run(model, batch.to(model))
                 kept.forget()
                 if gradient:
-                    _backward(outputs_of(model, result), gradient, batch)
+                    backward(outputs_of(model, result), gradient, batch)
             progress()
     for name, seen in recorded.items():
         if not all(value.isfinite().all() for value in seen.fisher):
@@ -250,11 +264,11 @@ def token_weights(
 
         return see
 
-    with watching(model, {}, {op.name: keep(op) for op in ops}), _frozen(model):
+    with watching(model, {}, {op.name: keep(op) for op in ops}), frozen(model):
         for batch in data:
             with torch.enable_grad():
                 result = run(model, batch.to(model))
-                _backward(outputs_of(model, result), gradient, batch)
+                backward(outputs_of(model, result), gradient, batch)
     return {name: torch.cat(parts) for name, parts in kept.items() if parts}
 
 
@@ -348,7 +362,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
+def backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
     if gradient.kind == "labels" and not outputs.are_logits:
         raise DataError(
             "gradient.kind is 'labels' but the model returns no class scores; use 'output'"
@@ -369,7 +383,7 @@ def _backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
         loss.backward(retain_graph=probe + 1 < gradient.probes)
 
 
-class _frozen:
+class frozen:
     """Evaluation mode and no gradients for parameters, restored on exit."""
 
     def __init__(self, model: nn.Module) -> None:

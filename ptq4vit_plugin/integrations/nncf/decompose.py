@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
 
@@ -216,6 +217,11 @@ def decompose(model: nn.Module) -> None:
     """Take the calls in `REPLACEMENTS` apart whenever the model's forward runs."""
     if not is_decomposed(model):
         hooks.set_forward(model, _Forward(hooks.forward_of(model)))
+
+
+def decomposing(model: nn.Module) -> AbstractContextManager[Any]:
+    """What surrounds a call of one of the model's modules by itself: as in the model's forward."""
+    return _Decomposing() if is_decomposed(model) else nullcontext()
 
 
 def is_decomposed(model: nn.Module) -> bool:

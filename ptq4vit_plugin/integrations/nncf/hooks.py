@@ -270,6 +270,26 @@ def watching(
 
 
 @contextmanager
+def inside(model: nn.Module, name: str) -> Iterator[None]:
+    """Let a submodule that is called by itself run its hooks, as it does in the model's forward.
+
+    Parameters
+    ----------
+    name
+        Of the submodule, which the model calls once. NNCF names its ops by the modules around it.
+    """
+    if not is_wrapped(model):
+        yield
+        return
+    with FunctionHookMode(model, get_hook_storage(model)) as mode:
+        parent = model
+        for part in name.split(".")[:-1]:
+            parent = parent.get_submodule(part)
+            mode.push_module_call_stack(parent)
+        yield
+
+
+@contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The model without its hooks, for as long as the context lasts: the float model again."""
     if not is_wrapped(model):

@@ -1,0 +1,216 @@
+"""Block reconstruction: learn rounding, steps and biases of a quantized model, block by block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from nncf.common.graph.graph import NNCFGraph
+from nncf.torch.quantization.layers import SQMultiply
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
+from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.algorithms.reconstruction.learner import Comparison, Learner
+from ptq4vit_plugin.algorithms.reconstruction.optimise import learn
+from ptq4vit_plugin.algorithms.reconstruction.variations import varied
+from ptq4vit_plugin.errors import DataError, ModelError
+from ptq4vit_plugin.integrations.device import device_of
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.blocks import Call, find_blocks, watch_block
+from ptq4vit_plugin.integrations.nncf.capture import Batch, frozen
+from ptq4vit_plugin.reporting.events import event
+from ptq4vit_plugin.reporting.progress import progress
+
+#: One image in so many is held out: it decides what is kept.
+HELD_OUT = 4
+#: Images from which the whole model is learned, variations included, when there are fewer.
+POOL = 512
+#: The name of the whole model as a block.
+WHOLE = ""
+
+
+def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The images that are learned from, and every fourth, which is held out.
+
+    Raises
+    ------
+    DataError
+        There are too few to hold any out.
+    """
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    images = 0
+    for batch in data:
+        held = torch.arange(images, images + len(batch)) % HELD_OUT == HELD_OUT - 1
+        for part, wanted in zip(parts, (~held, held), strict=True):
+            if wanted.any():
+                part.append(batch.of(wanted.nonzero()[:, 0]))
+        images += len(batch)
+    if images < HELD_OUT:
+        raise DataError(
+            f"reconstruct: {images} calibration images; allowed: at least {HELD_OUT}, because "
+            "every fourth is held out"
+        )
+    return parts
+
+
+class Learning(BaseModel):
+    """How long and how a quantized model is learned.
+
+    Attributes
+    ----------
+    iterations
+        Steps per block.
+    finish
+        Steps on the whole model after that.
+    drop
+        Probability with which, while a block is learned, a token of an activation stays in float,
+        and one of the block's input is the float model's (QDrop).
+    gradient
+        How output errors are weighed; None weighs all alike.
+    seed
+        Of the batches and of what is dropped.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    iterations: int = Field(default=50, ge=0, description="steps per block")
+    finish: int = Field(default=250, ge=0, description="steps on the whole model after that")
+    batch_size: int = Field(default=16, ge=1, description="images per step")
+    drop: float = Field(
+        default=0.5, ge=0, lt=1, description="share of tokens left in float while a block learns"
+    )
+    gradient: Gradient | None = Gradient(probes=4)
+    seed: int = 0
+
+
+class Reconstruct(CalibratedAlgorithm, Learning):
+    """After quantization, learn what a block's output needs to be like the float model's.
+
+    Lifecycle of `apply`: the blocks are found on the module tree; one after the other, in the order
+    of execution, each gets the inputs that the quantized model gives it and the float model's
+    output as target; weights in units of their steps, the steps themselves, zero points, biases and
+    the factors of norms are learned with straight-through gradients; what is best on images that
+    are held out is kept, the start included. Then the whole model is learned in the same way
+    against the float model's outputs. The result is written into the same quantizers and
+    parameters.
+    """
+
+    def apply(
+        self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
+    ) -> Any:
+        """Learn in place and return the model.
+
+        Raises
+        ------
+        DataError
+            No calibration data, or too few images to hold any out.
+        ModelError
+            The model is not quantized, or its weights are rounded already.
+        """
+        module = hooks.unwrap(model)
+        data = self.calibration_batches(dataset)
+        if next(hooks.hooks(module), None) is None:
+            raise ModelError("reconstruct: the model has no quantizers; quantize it before that")
+        if _is_rounded(module):
+            raise ModelError(
+                "reconstruct: all weights lie on their quantizers' levels already, so the float "
+                "model that would be the target is gone; use it in place of 'compensate', or the "
+                "algorithm 'ptq4vit_recon'"
+            )
+        self.reconstruct(module, without_quantizers(module), *split(data))
+        return model
+
+    def reconstruct(
+        self, module: nn.Module, teacher: nn.Module, fit: Sequence[Batch], check: Sequence[Batch]
+    ) -> None:
+        """`apply` for a bare quantized module, its float model, and images by `split`."""
+        names = find_blocks(module, fit[0]) if self.iterations else []
+        with progress("Reconstructing", len(names) + 1) as advance, frozen(module):
+            for place, name in enumerate(names):
+                random = _Random(module, self.seed + place)
+                exact = [watch_block(teacher, name, part, self.gradient) for part in (fit, check)]
+                self._learn(module, name, [fit, check], exact, self.iterations, self.drop, random)
+                advance(name)
+            if self.finish:
+                random = _Random(module, self.seed + len(names))
+                # More than are drawn would be of no use.
+                pool = min(POOL, self.finish * self.batch_size)
+                fit = _with_variations(fit, pool, random.host)
+                exact = [watch_block(teacher, WHOLE, part) for part in (fit, check)]
+                self._learn(module, WHOLE, [fit, check], exact, self.finish, 0.0, random)
+            advance("whole model")
+
+    def _learn(
+        self,
+        module: nn.Module,
+        name: str,
+        parts: Sequence[Sequence[Batch]],
+        exact: Sequence[Call | None],
+        iterations: int,
+        drop: float,
+        random: _Random,
+    ) -> None:
+        """Learn one block, unless it cannot be called by itself."""
+        # The whole model sees the same images, quantized or not.
+        whole = name == WHOLE
+        seen = exact if whole else [watch_block(module, name, part) for part in parts]
+        if None in (*seen, *exact):
+            return
+        fit, check = (Comparison(*pair) for pair in zip(seen, exact, strict=True))
+        block = Learner(module, name, random.device)
+        try:
+            outcome = learn(
+                lambda images: block.loss(fit, images, drop),
+                lambda: block.error(check, self.batch_size),
+                block.groups(),
+                len(fit),
+                iterations,
+                self.batch_size,
+                random.host,
+            )
+        finally:
+            block.finish()
+        event("block", name=name, before=outcome.before, after=outcome.after)
+
+
+class _Random:
+    """Two sources of randomness from one seed: on the CPU, and where the model is."""
+
+    def __init__(self, module: nn.Module, seed: int) -> None:
+        self.host = torch.Generator().manual_seed(seed)
+        self.device = torch.Generator(device_of(module)).manual_seed(seed)
+
+
+def _with_variations(data: Sequence[Batch], pool: int, generator: torch.Generator) -> list[Batch]:
+    """The batches, and variations of their images up to `pool` in all, if a batch is images and
+    nothing else."""
+    if any(batch.kwargs or len(batch.args) != 1 or batch.args[0].ndim != 4 for batch in data):
+        return list(data)
+    images = torch.cat([batch.args[0] for batch in data])
+    new = varied(images, max(0, pool - len(images)), generator)
+    size = len(data[0])
+    return [*data, *(Batch((part,), {}) for part in new.split(size) if len(part))]
+
+
+def without_quantizers(module: nn.Module) -> nn.Module:
+    """A copy of a quantized model that computes in float; factors of SmoothQuant are part of it."""
+    copied = copy.deepcopy(module)
+    for hook in list(hooks.hooks(copied)):
+        if not isinstance(hook.module, SQMultiply):
+            hooks.replace(copied, hook.module, nn.Identity())
+    return copied
+
+
+@torch.no_grad()
+def _is_rounded(module: nn.Module) -> bool:
+    """Whether every quantized weight is what its quantizer makes of it."""
+    parameters = dict(module.named_parameters())
+    pairs = [(parameters[h.op], h.module) for h in hooks.hooks(module) if h.op in parameters]
+    return bool(pairs) and all(
+        torch.allclose(quantizer(weight), weight, rtol=0, atol=1e-6 * float(weight.abs().max()))
+        for weight, quantizer in pairs
+    )

@@ -1,0 +1,1 @@
+"""Learning of rounding and scales, block by block: quantizers that learn, and the loop."""
