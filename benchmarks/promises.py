@@ -23,8 +23,8 @@ from ptq4vit_plugin.record import record_of
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
 #: Bits at the start, and points of agreement with the float model that may be lost.
-PROMISES = ((2, 5.0), (3, 1.0), (3, 0.0), (4, 0.5))
-COARSE = {"rounds": 1, "search_range": {"alpha": 0.05, "beta": 1.1, "n": 15}}
+PROMISES = ((3, 2.0), (3, 0.5), (4, 0.5), (4, 0.0))
+COARSE = {"rounds": 1, "search_range": {"alpha": 0.05, "beta": 1.1, "n": 10}}
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def main() -> None:
     validation = [(x, y) for x, y, *_ in loader(open_dataset(config.data, "val", model))]
     expected = classes(model, validation)
     for seed in range(args.seeds):
-        calibration = calibration_images(train, samples=16, seed=seed, batch_size=8)
+        calibration = calibration_images(train, samples=8, seed=seed, batch_size=8)
         for bits, promise in PROMISES:
             key = json.dumps([seed, bits, promise])
             if key in runs:
