@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 import torch
+from nncf.common.quantization.structs import QuantizationScheme
+from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec
 
 from ptq4vit_plugin.algorithms.compensation.normal import Normal
+from ptq4vit_plugin.algorithms.compensation.ranges import FACTORS, best_range
 from ptq4vit_plugin.algorithms.compensation.ridge import held_out_ridge, ridge
 from ptq4vit_plugin.algorithms.compensation.rounding import (
     compensated_rounding,
@@ -147,3 +150,59 @@ def test_steps_against_trying_all(shared):
         for f in torch.arange(0.3, 1.1, 0.02)
     ]
     torch.testing.assert_close(loss(found), torch.stack(losses).amin(0), rtol=1e-4, atol=1e-5)
+
+
+def asymmetric(low, high, bits=8):
+    spec = PTQuantizerSpec(bits, QuantizationScheme.ASYMMETRIC, None, False, False, (1,), False)
+    quantizer = AsymmetricQuantizer(spec)
+    with torch.no_grad():
+        quantizer.input_low.fill_(low)
+        quantizer.input_range.fill_(high - low)
+    return quantizer
+
+
+@torch.no_grad()
+def test_ranges_of_few_rows_fit_rows_that_come_later():
+    generator = torch.Generator().manual_seed(6)
+    x, later = torch.randn(2, 4000, 24, generator=generator)
+    matrix = torch.randn(5, 24, generator=generator)
+    few = torch.zeros(4000)
+    few[:20] = 1
+    quantizer = asymmetric(float(x[:20].min()), float(x[:20].max()))
+    found = best_range(quantizer, x, x @ matrix.T, matrix, few)
+
+    def error(q):
+        return float(((q(later) - later) @ matrix.T).square().mean())
+
+    assert error(found) < error(quantizer)
+    # Zero stays exact: the same zero point.
+    assert found.input_low / found.input_range == pytest.approx(
+        float(quantizer.input_low / quantizer.input_range), rel=1e-5
+    )
+
+
+@torch.no_grad()
+def test_ranges_against_trying_all():
+    generator = torch.Generator().manual_seed(7)
+    x, weight = torch.randn(30, 8, generator=generator), torch.rand(30, generator=generator)
+    matrix = torch.randn(3, 8, generator=generator)
+    y = x @ matrix.T + 7  # a bias changes nothing
+    n = float(weight.sum() ** 2 / (weight**2).sum())
+    mean = (weight[:, None] * x).sum(0) / weight.sum()
+    both = torch.cat([x, mean + (1 + 2 / n**0.5) * (x - mean)])
+    twice = torch.cat([weight, weight])[:, None] / (2 * weight.sum())
+    losses = []
+    for factor in FACTORS:
+        rest = (asymmetric(-1.5 * factor, 2 * factor, bits=4)(both) - both) @ matrix.T
+        losses.append(float((twice * (rest - (twice * rest).sum(0)).square()).sum()))
+    found = best_range(asymmetric(-1.5, 2, bits=4), x, y, matrix, weight)
+    best = FACTORS[losses.index(min(losses))]
+    assert float(found.input_range) == pytest.approx(3.5 * best, rel=1e-5)
+
+
+def test_ranges_that_many_rows_decided_stay():
+    x, matrix = torch.randn(2000, 8), torch.randn(3, 8)
+    quantizer = asymmetric(-1, 1)
+    assert best_range(quantizer, x, x @ matrix.T, matrix, torch.ones(2000)) is quantizer
+    other = torch.nn.Identity()
+    assert best_range(other, x[:9], x[:9] @ matrix.T, matrix, torch.ones(9)) is other

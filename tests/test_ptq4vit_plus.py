@@ -63,7 +63,8 @@ def test_the_preset_is_its_three_steps(net, images):
     fields = {k: v for k, v in config(4).items() if k != "algorithm"}
     twin = {"softmax": "numerator", "gelu": "asymmetric"}
     fields["activations"] = {"bits": 4, "quantizer": "asymmetric"}
-    steps = ["fold_norms", {"algorithm": "ptq4vit", **fields, "twin": twin}, "compensate"]
+    search = {"algorithm": "ptq4vit", **fields, "twin": twin, "gradient": {"kind": "output"}}
+    steps = ["fold_norms", search, "compensate"]
     with torch.no_grad():
         expected = ptq.quantize(net, data, steps)(images[:2])
         assert torch.equal(ptq.quantize(net, data, config(4))(images[:2]), expected)

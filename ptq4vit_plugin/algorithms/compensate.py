@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
 from ptq4vit_plugin.algorithms.compensation.normal import Normal
+from ptq4vit_plugin.algorithms.compensation.ranges import best_range
 from ptq4vit_plugin.algorithms.compensation.ridge import held_out_ridge
 from ptq4vit_plugin.algorithms.compensation.rounding import held_out_rounding
 from ptq4vit_plugin.algorithms.compensation.steps import RowGrid, best_grid
@@ -30,7 +31,7 @@ HELD_OUT = 4
 
 
 class Compensate(CalibratedAlgorithm):
-    """After quantization, let weights and biases absorb the errors; scales of activations stay.
+    """After quantization, let weights and biases absorb the errors.
 
     Lifecycle of `apply`: a backward pass of the float model weighs every token; then one forward
     pass runs the float and the quantized model side by side, and every linear or convolution,
@@ -39,6 +40,8 @@ class Compensate(CalibratedAlgorithm):
 
     Attributes
     ----------
+    ranges
+        The input of a linear whose range few tokens have decided gets another one.
     weights
         Ridge regression moves the float weights to where the quantized inputs serve them best;
         then the steps of the weights are chosen anew.
@@ -47,13 +50,14 @@ class Compensate(CalibratedAlgorithm):
     bias
         The bias absorbs the mean output error of every channel.
     gradient
-        How tokens are weighed; None weighs all alike.
+        How tokens are weighed: by its root mean square. None weighs all alike.
     """
 
+    ranges: bool = Field(default=True, description="widen ranges that few tokens decided")
     weights: bool = Field(default=True, description="ridge regression on the quantized inputs")
     rounding: bool = Field(default=True, description="error-compensating rounding")
     bias: bool = Field(default=True, description="biases absorb the mean output error")
-    gradient: Gradient | None = Gradient()
+    gradient: Gradient | None = Gradient(kind="output")
 
     def apply(
         self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
@@ -92,10 +96,18 @@ class Compensate(CalibratedAlgorithm):
             importance = (
                 token_weights(module, data, weighed, self.gradient) if self.gradient else {}
             )
+            # Squared gradients are so uneven that a few dozen tokens would decide everything.
+            importance = {name: weight.sqrt() for name, weight in importance.items()}
             shared = _shared_parameters(ops)
             exchanged: list[tuple[nn.Module, nn.Module]] = []
 
             def visit(op: FoundOp, seen: Seen) -> Tensor:
+                if self.ranges and op.kind == "linear" and (op.name, 0) in quantizers:
+                    old = quantizers[op.name, 0]
+                    new = _new_range(module, op, seen, old, importance.get(op.name))
+                    if new is not old:
+                        quantizers[op.name, 0] = new
+                        exchanged.append((old, new))
                 inputs = [
                     _through(quantizers.get((op.name, port)), x)
                     for port, x in sorted(seen.inputs.items())
@@ -202,6 +214,14 @@ class _Layer:
         if self.op.kind == "conv2d":
             return F.conv2d(self.x, weight, bias, **self.op.convolution)
         return F.linear(self.x, weight, bias)
+
+
+def _new_range(
+    module: nn.Module, op: FoundOp, seen: Seen, quantizer: nn.Module, importance: Tensor | None
+) -> nn.Module:
+    x, y = (v.float().flatten(0, -2) for v in (seen.inputs[0], seen.target))
+    weight = torch.ones(len(x)).to(x) if importance is None else importance.to(x)
+    return best_range(quantizer, x, y, module.get_parameter(op.sources[1].parameter), weight)
 
 
 def _through(quantizer: nn.Module | None, x: Tensor) -> Tensor:

@@ -35,10 +35,6 @@ from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 # Largest difference of outputs before and after, relative to the largest output, above which a
 # fold is refused. Float32 rounding leaves about 1e-6.
 TOLERANCE = 1e-4
-# Rows of an activation from which its channels' ranges are trusted enough to be centred. A shift
-# leaves only the spread in the codes; a spread seen in few rows (a head's, one per image) is too
-# narrow, and what exceeds it is clamped.
-ROWS_TO_SHIFT = 512
 
 
 class FoldNorms(CalibratedAlgorithm):
@@ -95,7 +91,7 @@ class FoldNorms(CalibratedAlgorithm):
         # Attention first: it changes rows whose reach the scales of the norms depend on.
         if self.attention:
             scores, values = attention_paths(module, graph, found, first.example)
-            measured = _measure_heads(module, data, scores, values)
+            measured = _measure_attention(module, data, scores, values)
             for path in scores:
                 _balance_scores(module, path, measured)
             for path in values:
@@ -136,25 +132,28 @@ def _measure_norms(
 
 def _fold_norm(module: nn.Module, path: NormPath, seen: Channels) -> None:
     weights = [module.get_parameter(op.sources[1].parameter) for op in path.consumers]
-    shifts = path.shift and seen.count >= ROWS_TO_SHIFT
-    shift = seen.centre if shifts else torch.zeros_like(seen.low)
-    energy = (seen.energy - 2 * shift * seen.total) / seen.count + shift.square()
-    peak = seen.half_range if shifts else seen.peak
-    fold_norm(module, path, channel_scale(peak, energy, torch.cat(weights)), shift)
+    scale, shift = _scale_and_shift(seen, torch.cat(weights), path.shift)
+    fold_norm(module, path, scale, shift)
 
 
-def _measure_heads(
+def _scale_and_shift(seen: Channels, weight: Tensor, shifts: bool) -> tuple[Tensor, Tensor]:
+    """Of the channels of an activation that linears with this weight take."""
+    shift = seen.centre() if shifts else torch.zeros_like(seen.origin)
+    return channel_scale(seen.reach(shift), seen.moment(2, shift), weight), shift
+
+
+def _measure_attention(
     module: nn.Module,
     data: Sequence[Batch],
     scores: Sequence[ScorePath],
     values: Sequence[ValuePath],
-) -> dict[tuple[str, int], Heads]:
-    inputs: dict[tuple[str, int], Heads] = {}
+) -> dict[tuple[str, int], Heads | Channels]:
+    inputs: dict[tuple[str, int], Heads | Channels] = {}
     for path in scores:
         inputs[path.product.name, 0] = Heads()
         inputs[path.product.name, 1] = Heads(transposed=True)
     for path in values:
-        inputs[path.product.name, 1] = Heads()
+        inputs[path.projection.name, 0] = Channels()
     _run(module, data, inputs, {})
     return inputs
 
@@ -168,14 +167,10 @@ def _balance_scores(module: nn.Module, path: ScorePath, measured: dict) -> None:
 
 
 def _rescale_values(module: nn.Module, path: ValuePath, measured: dict) -> None:
-    """A mean of values lies within their range, so what fits the values fits the projection."""
-    seen = measured[path.product.name, 1]
-    shift = seen.mean if path.shift else torch.zeros_like(seen.mean)
-    peak = torch.maximum(seen.high - shift, shift - seen.low)
-    energy = seen.covariance(path.shift).diagonal(dim1=1, dim2=2)
+    """The projection's input is a mean of values: what fits the one fits the other."""
     weight = module.get_parameter(path.projection.sources[1].parameter)
-    columns = weight[:, path.columns.flatten().to(weight.device)]
-    scale = channel_scale(peak.flatten(), energy.flatten(), columns).view_as(peak)
-    given = shift if path.shift else None
+    scale, shift = _scale_and_shift(measured[path.projection.name, 0], weight, path.shift)
+    columns = path.columns.to(scale.device)
+    scale, given = scale[columns], shift[columns] if path.shift else None
     transform_rows(module, path.values, torch.diag_embed(1 / scale), given)
     transform_columns(module, path.projection, path.columns, torch.diag_embed(scale), given)

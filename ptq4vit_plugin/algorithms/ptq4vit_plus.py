@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from nncf.common.graph.graph import NNCFGraph
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +32,7 @@ class Repair(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    ranges: bool = Field(default=True, description="widen ranges that few tokens decided")
     weights: bool = Field(default=True, description="ridge regression on the quantized inputs")
     rounding: bool = Field(default=True, description="error-compensating rounding")
     bias: bool = Field(default=True, description="biases absorb the mean output error")
@@ -50,6 +51,16 @@ class PlusTwin(Twin):
     gelu: TwinChoice = "asymmetric"
 
 
+class PlusGradient(Gradient):
+    """As `Gradient`; by default of the output's squared distance.
+
+    Where a model is sure of its answer the Fisher information vanishes, and a few of the
+    calibration images would decide everything.
+    """
+
+    kind: Literal["fisher", "gauss_newton", "labels", "output"] = "output"
+
+
 class PTQ4ViTPlus(ScaleSearch):
     """The Hessian-guided search between exact folds and closed-form compensation.
 
@@ -60,7 +71,7 @@ class PTQ4ViTPlus(ScaleSearch):
 
     activations: PlusActivations = PlusActivations()
     twin: PlusTwin = PlusTwin()
-    gradient: Gradient = Gradient()
+    gradient: PlusGradient = PlusGradient()
     fold: Fold = Fold()
     compensate: Repair = Repair()
 
@@ -75,7 +86,7 @@ class PTQ4ViTPlus(ScaleSearch):
             FoldNorms(**dict(self.fold)).fold(module, data)
         graph = hooks.trace(module, data[0].to(module).example)
         super().apply(model, graph, dataset=data)
-        if self.compensate.weights or self.compensate.rounding or self.compensate.bias:
+        if any(dict(self.compensate).values()):
             gradient = self.gradient if self.metric == "hessian" else None
             Compensate(**dict(self.compensate), gradient=gradient).compensate(module, data)
         return model

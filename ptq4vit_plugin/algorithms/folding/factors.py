@@ -17,17 +17,19 @@ from torch import Tensor
 
 # How much of a channel's range moves from the activation into the weight (SmoothQuant's alpha).
 MIGRATIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+# Standard deviations to which a searched range goes, about.
+CLIPPED_AT = 4.0
 # Of the mean variance; keeps transforms of near-degenerate heads well conditioned.
 RIDGE = 1e-4
 
 
-def channel_scale(peak: Tensor, energy: Tensor, weight: Tensor) -> Tensor:
+def channel_scale(reach: Tensor, energy: Tensor, weight: Tensor) -> Tensor:
     """Scale of every channel of an activation that linears take: x / scale and weight · scale.
 
     Parameters
     ----------
-    peak
-        ``[C]``: largest distance from zero of every channel.
+    reach
+        ``[C]``: how far every channel reaches from zero, in standard deviations of a normal one.
     energy
         ``[C]``: mean square.
     weight
@@ -39,12 +41,13 @@ def channel_scale(peak: Tensor, energy: Tensor, weight: Tensor) -> Tensor:
         ``[C]``, positive, float64; 1 for a channel that is always zero or that nothing uses.
     """
     weight = weight.double()
-    reach = weight.abs().amax(0)
-    dead = (peak <= 0) | (reach <= 0)
-    peak, reach = peak.masked_fill(dead, 1), reach.masked_fill(dead, 1)
+    largest = weight.abs().amax(0)
+    dead = (reach <= 0) | (largest <= 0)
+    peak = CLIPPED_AT * reach.masked_fill(dead, 1)
+    largest = largest.masked_fill(dead, 1)
 
     def scale_at(migration: float) -> Tensor:
-        return peak**migration / reach ** (1 - migration)
+        return peak**migration / largest ** (1 - migration)
 
     def error(scale: Tensor) -> Tensor:
         alive = ~dead
