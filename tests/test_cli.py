@@ -184,8 +184,8 @@ def test_commands_are_passed_what_was_asked(file, calls):
         ("evaluate", model, None),
         ("evaluate", model, config),
         ("describe", model),
-        ("sweep", Path("s.yaml"), (), (), False),
-        ("sweep", Path("s.yaml"), ["a=b", "c=d"], ["e=1"], True),
+        ("sweep", Path("s.yaml"), (), (), None, False),
+        ("sweep", Path("s.yaml"), ["a=b", "c=d"], ["e=1"], None, True),
         ("report", Path("run")),
         ("table", Path("results.jsonl"), "csv", Path("p.csv")),
     ]

@@ -55,8 +55,8 @@ def run(tmp_path, monkeypatch):
 
 
 def test_two_processes_find_the_scales_of_one(run):
-    one, objectives = run(1, search="exhaustive")
-    two, objectives2 = run(2, search="exhaustive")
+    one, objectives = run(1, search="exhaustive", search_range={"n": 25})
+    two, objectives2 = run(2, search="exhaustive", search_range={"n": 25})
     assert one.keys() == two.keys() and objectives.keys() == objectives2.keys()
     same = total = 0
     for name, value in one.items():

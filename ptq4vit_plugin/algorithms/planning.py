@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from ptq4vit_plugin.algorithms.settings import Activations, Override, Twin, Weights
 from ptq4vit_plugin.errors import ConfigError, nearest
 from ptq4vit_plugin.plan import FoundOp, Granularity, LeftOut, Op, Operand, Plan, Source
 from ptq4vit_plugin.quantizers.twin_gelu import MINIMA
 
-if TYPE_CHECKING:
-    from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
-
-IMAGE_BITS = (
-    8  # pixels are 8-bit data: fewer bits would lose information that costs nothing to keep
-)
+# Pixels are 8-bit data: fewer bits would lose information that costs nothing to keep.
+IMAGE_BITS = 8
 # Unsigned codes at the left of a product; integer kernels want the right one signed.
 NON_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
 
 
-def make_plan(found: Sequence[FoundOp], left_out: Sequence[LeftOut], settings: ScaleSearch) -> Plan:
+class Settings(Protocol):
+    """What a plan depends on of an algorithm that searches scales."""
+
+    weights: Weights
+    activations: Activations
+    twin: Twin
+    scale_ratio: str
+    ignored_scopes: tuple[str, ...]
+    scope_overrides: dict[str, Override]
+
+    def overridden(self, op_name: str) -> Settings: ...
+
+
+def make_plan(found: Sequence[FoundOp], left_out: Sequence[LeftOut], settings: Settings) -> Plan:
     """Choose quantizer, bits and granularity of every operand.
 
     Raises
@@ -58,7 +68,7 @@ def matches(scope: str, name: str) -> bool:
     return scope == name
 
 
-def _plan_op(op: FoundOp, settings: ScaleSearch, owners: dict[str, str]) -> Op:
+def _plan_op(op: FoundOp, settings: Settings, owners: dict[str, str]) -> Op:
     operands = (_operand(op, 0, settings), _operand(op, 1, settings))
     parameter = operands[1].parameter
     if parameter in owners:
@@ -72,7 +82,7 @@ def _plan_op(op: FoundOp, settings: ScaleSearch, owners: dict[str, str]) -> Op:
     return Op(name=op.name, kind=op.kind, role=op.role, operands=operands, macs=op.macs)
 
 
-def _operand(op: FoundOp, port: int, settings: ScaleSearch) -> Operand:
+def _operand(op: FoundOp, port: int, settings: Settings) -> Operand:
     source = op.sources[port]
     if port == 1 and op.kind != "matmul":
         return Operand(
@@ -114,7 +124,7 @@ def _weight_granularity(op: FoundOp, wanted: str) -> Granularity:
     )
 
 
-def _choice(source: Source, settings: ScaleSearch) -> bool | str:
+def _choice(source: Source, settings: Settings) -> bool | str:
     """What the section `twin` says of an operand."""
     if source.kind == "softmax":
         return settings.twin.softmax
@@ -122,7 +132,7 @@ def _choice(source: Source, settings: ScaleSearch) -> bool | str:
 
 
 def _activation_quantizer(
-    source: Source, port: int, settings: ScaleSearch
+    source: Source, port: int, settings: Settings
 ) -> tuple[str, dict[str, Any]]:
     if source.kind == "softmax":
         return _twin(_choice(source, settings), "twin_softmax"), {}

@@ -1,4 +1,4 @@
-"""PTQ4ViT plus: folds, zero points, row-wise softmax and closed-form compensation; plain int8."""
+"""PTQ4ViT plus: folds, zero points, softmax's numerator, closed-form compensation; plain int8."""
 
 from __future__ import annotations
 

@@ -283,8 +283,8 @@ class ScaleSearch(CalibratedAlgorithm):
         if not ranked:
             raise ModelError(
                 "the gradient is zero at every op, so nothing can be ranked; the model's output "
-                "does not depend on its ops, or its softmax is saturated: use metric 'mse' or "
-                "'cosine'"
+                "does not depend on its ops, or its softmax is saturated: use gradient kind "
+                "'output', or metric 'mse' or 'cosine'"
             )
         return quantizers, records, len(groups)
 

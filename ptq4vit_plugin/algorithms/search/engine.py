@@ -46,6 +46,8 @@ class Stage:
 SCHEDULE = (Stage(1 / 64, 128, 16), Stage(1 / 12, 512, 3))
 #: The same for products of attention: whole images are drawn there, which says less.
 BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 4))
+#: The same for an operand with one scale, whose loss is a smooth curve.
+SINGLE_SCHEDULE = (Stage(1 / 64, 128, 8), Stage(1 / 12, 512, 2))
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
@@ -153,7 +155,7 @@ class _Search:
         assert current is not None
         candidates = self._survivors.get(operand, self._candidates(operand))
         skip = 1 if operand in self._survivors else 0
-        schedule = self._schedule()
+        schedule = self._schedule(operand)
         for stage in schedule[skip:]:
             sample = self._sample(stage, operand)
             if sample is not None and len(candidates) > stage.keep:
@@ -168,10 +170,12 @@ class _Search:
             candidates = torch.cat([candidates, current[None]])
         return self._decide(operand, candidates.sort(0).values)
 
-    def _schedule(self) -> tuple[Stage, ...]:
+    def _schedule(self, operand: str) -> tuple[Stage, ...]:
         if is_angle(self.problem.metric):
             return ANGLE_SCHEDULE
-        return BATCHED_SCHEDULE if self.problem.output.shape[0] > 1 else SCHEDULE
+        if self.problem.output.shape[0] > 1:
+            return BATCHED_SCHEDULE
+        return SINGLE_SCHEDULE if self.index[operand].numel() == 1 else SCHEDULE
 
     def _candidates(self, operand: str) -> Tensor:
         """All table rows to try, ``[n, *group shape]``."""
