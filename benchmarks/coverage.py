@@ -527,7 +527,10 @@ def main() -> None:
         models = results.setdefault("models", {})
         if "plan_vit_b_seconds" not in results:
             results["plan_vit_b_seconds"] = planning_seconds()
+            store(results)
         families = {m: name for m, name in results["families"].items() if name}
+        if unknown := set(options.families) - set(families):
+            parser.error(f"no family: {', '.join(sorted(unknown))}; see `families` in {RESULTS}")
         key = {"measure": "seconds", "export": "openvino_seconds"}[options.step]
         waiting = [m for m in families if key not in models.get(m, {})]
         for module in options.families or waiting:
