@@ -87,7 +87,7 @@ def save(
     PTQ4ViTError
         The file cannot be written. A file that was there before is untouched then.
     """
-    if next(hooks.hooks(model), None) is None:
+    if next(hooks.quantizers(model), None) is None:
         raise CheckpointError(f"{type(model).__name__} has no quantizers; call quantize first")
     metadata = Metadata(
         recipe=recipe_of(model) if recipe is None else Recipe.model_validate(recipe),

@@ -18,13 +18,15 @@ class Source:
 
     ``kind`` is ``weight``, ``constant`` (a factor of a matrix product that no image reaches),
     ``image`` (the model's input), ``softmax``, ``activation`` or the name of an activation
-    function; ``minimum_scale`` is c of x·sigmoid(c·x) for functions written that way. A weight
-    without ``parameter`` is computed in forward, or a buffer.
+    function; ``minimum_scale`` is c of x·sigmoid(c·x) for functions written that way. Where
+    ``rescaled``, a factor per channel is multiplied in front of the op, so a function's own minimum
+    is not that of the operand. A weight without ``parameter`` is computed in forward, or a buffer.
     """
 
     kind: str
     parameter: str | None = None
     minimum_scale: float = 1.0
+    rescaled: bool = False
 
 
 @dataclass(frozen=True)

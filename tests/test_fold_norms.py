@@ -7,7 +7,11 @@ import torch
 from ptq4vit_plugin.algorithms.fold_norms import FoldNorms
 from ptq4vit_plugin.algorithms.folding.factors import balance, channel_scale, spread
 from ptq4vit_plugin.algorithms.folding.statistics import Channels
+from ptq4vit_plugin.algorithms.planning import make_plan
+from ptq4vit_plugin.algorithms.ptq4vit import PTQ4ViT
+from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.integrations.nncf.graph import find_ops
 
 SWIN = {"patch_size": 2, "depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4)}
 MODELS = {
@@ -49,7 +53,7 @@ def test_logits_stay(name):
     FoldNorms().fold(net, batches([images]))
     change = (net(images) - expected).abs().max() / expected.abs().max()
     assert change <= 1e-5
-    changed = {key for key, value in net.named_parameters() if not torch.equal(value, before[key])}
+    changed = {key for key in before if not torch.equal(net.get_parameter(key), before[key])}
     # Swin averages over positions between its last norm and the head.
     norms = {key for key in before if "norm" in key and "patch_embed" not in key}
     norms -= {"norm.weight", "norm.bias"} if "swin" in name else set()
@@ -57,6 +61,48 @@ def test_logits_stay(name):
     # BEiT adds the bias of queries, keys and values up in forward, so its values stay.
     parts = ("qkv.weight",) if name == "beit" else ("qkv.weight", "attn.proj.weight")
     assert {key for key in before if key.endswith(parts)} <= changed
+    # A norm lies in front of EVA's second MLP layer; everywhere else GELU does.
+    smoothed = [hook.op for hook in hooks.hooks(net) if "fc2" in hook.op]
+    assert len(smoothed) == (0 if name == "eva02" else sum("fc2.weight" in key for key in before))
+    with hooks.unquantized(net):  # the factors are part of the float model
+        torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_rescaled_hidden_layer_folds_to_the_same_model():
+    nets = []
+    factor = torch.rand(768) * 20 + 0.05
+    for rescaled in (False, True):
+        torch.manual_seed(1)
+        args = {"img_size": 32, "patch_size": 8, "depth": 1, "act_layer": torch.nn.ReLU}
+        net = timm.create_model("vit_tiny_patch16_224", num_classes=10, **args).eval()
+        mlp = net.blocks[0].mlp
+        if rescaled:  # ReLU lets a positive factor through
+            mlp.fc1.weight.mul_(factor[:, None])
+            mlp.fc1.bias.mul_(factor)
+            mlp.fc2.weight.div_(factor)
+        nets.append(net)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(nets[1](images), nets[0](images), rtol=1e-3, atol=1e-4)
+    for net in nets:
+        FoldNorms(attention=False, norms=False).fold(net, batches([images]))
+        assert [hook.op for hook in hooks.hooks(net)] == ["blocks/0/mlp/fc2/linear/0"]
+    one, other = (net.blocks[0].mlp.fc2.weight for net in nets)
+    used = one.abs().amax(0) > 0  # a channel that is always zero keeps its weights
+    ratio = (other / one)[:, used]
+    torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_rescaled_gelu_stays_a_gelu_for_the_plan():
+    net, images = model("deit")
+    FoldNorms().fold(net, batches([images]))
+    found, _ = find_ops(hooks.trace(net, images), len(images))
+    source = next(op for op in found if "fc2" in op.name).sources[0]
+    assert (source.kind, source.rescaled) == ("gelu", True)
+    plan = make_plan(found, (), PTQ4ViT())
+    operand = next(op for op in plan.ops if "fc2" in op.name).operands[0]
+    assert operand.quantizer == "twin_gelu" and operand.options["minimum"] is None
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class Compensate(CalibratedAlgorithm):
         """
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
-        if next(hooks.hooks(module), None) is None:
+        if next(hooks.quantizers(module), None) is None:
             raise ModelError("compensate: the model has no quantizers; quantize it before that")
         self.compensate(module, data)
         return model
@@ -83,10 +83,10 @@ class Compensate(CalibratedAlgorithm):
         """`apply` for a bare module and checked batches."""
         quantizers = {
             (hook.op, hook.port if hook.when == "pre" else None): hook.module
-            for hook in hooks.hooks(module)
+            for hook in hooks.quantizers(module)
         }
         first = data[0].to(module)
-        with hooks.switched_off(module):
+        with hooks.unquantized(module):
             graph = hooks.trace(module, first.example)
             buffers = {name for name, _ in module.named_buffers()}
             ops, _ = find_ops(graph, len(first), buffers)

@@ -1,4 +1,4 @@
-"""Exact folds before quantization: norms into linears (RepQ-ViT), and inside attention."""
+"""Exact folds before quantization: norms into linears (RepQ-ViT), inside attention, and factors."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ from ptq4vit_plugin.integrations.nncf.channels import (
     ValuePath,
     attention_paths,
     norm_paths,
+    unreached_linears,
 )
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
+from ptq4vit_plugin.plan import FoundOp
 
 # Largest difference of outputs before and after, relative to the largest output, above which a
 # fold is refused. Float32 rounding leaves about 1e-6.
@@ -52,11 +54,17 @@ class FoldNorms(CalibratedAlgorithm):
     attention
         A transform per head between queries and keys, a scale per channel between values and
         projection; keys and values lose their mean where softmax makes up for it.
+    smooth
+        A factor per channel in front of the linears that neither of them reaches, such as an MLP's
+        second (SmoothQuant). Runtimes merge the multiplication with the quantizer behind it.
     """
 
     norms: bool = Field(default=True, description="fold scales and shifts of norms into linears")
     attention: bool = Field(
         default=True, description="balance queries with keys and values with the projection"
+    )
+    smooth: bool = Field(
+        default=True, description="multiply channels in front of the linears that no fold reaches"
     )
 
     def apply(
@@ -73,7 +81,7 @@ class FoldNorms(CalibratedAlgorithm):
         """
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
-        if next(hooks.hooks(module), None) is not None:
+        if next(hooks.quantizers(module), None) is not None:
             raise ModelError("fold_norms: the model is quantized already; fold it before that")
         self.fold(module, data)
         hooks.forget_graph(model)
@@ -88,20 +96,29 @@ class FoldNorms(CalibratedAlgorithm):
         found, _ = find_ops(graph, len(first), {name for name, _ in module.named_buffers()})
         before = _output(module, first)
         kept = {name: value.clone() for name, value in module.named_parameters()}
+        norms = norm_paths(module, graph, found, first.example)
+        scores, values = attention_paths(module, graph, found, first.example)
         # Attention first: it changes rows whose reach the scales of the norms depend on.
         if self.attention:
-            scores, values = attention_paths(module, graph, found, first.example)
             measured = _measure_attention(module, data, scores, values)
             for path in scores:
                 _balance_scores(module, path, measured)
             for path in values:
                 _rescale_values(module, path, measured)
         if self.norms:
-            paths = norm_paths(module, graph, found, first.example)
-            for path, seen in _measure_norms(module, data, paths):
+            for path, seen in _measure_norms(module, data, norms):
                 _fold_norm(module, path, seen)
+        smoothed = []
+        if self.smooth:
+            reached = {op.name for path in norms for op in path.consumers}
+            reached |= {path.projection.name for path in values}
+            smoothed = _measure_linears(module, data, unreached_linears(graph, found, reached))
+            for op, seen in smoothed:
+                _smooth(module, op, seen)
         change = (_output(module, first) - before).abs().max() / before.abs().max()
         if not change <= TOLERANCE:
+            for op, _ in smoothed:
+                hooks.take(module, op.name, 0)
             for name, value in module.named_parameters():
                 value.copy_(kept[name])
             raise ModelError(
@@ -134,6 +151,23 @@ def _fold_norm(module: nn.Module, path: NormPath, seen: Channels) -> None:
     weights = [module.get_parameter(op.sources[1].parameter) for op in path.consumers]
     scale, shift = _scale_and_shift(seen, torch.cat(weights), path.shift)
     fold_norm(module, path, scale, shift)
+
+
+def _measure_linears(
+    module: nn.Module, data: Sequence[Batch], linears: Sequence[FoundOp]
+) -> list[tuple[FoundOp, Channels]]:
+    seen = [(op, Channels()) for op in linears]
+    _run(module, data, {(op.name, 0): stats for op, stats in seen}, {})
+    return seen
+
+
+def _smooth(module: nn.Module, op: FoundOp, seen: Channels) -> None:
+    weight = module.get_parameter(op.sources[1].parameter)
+    scale, _ = _scale_and_shift(seen, weight, shifts=False)
+    # The weight gets what the factor's dtype leaves, so both together stay exact.
+    factor = (1 / scale).to(weight.dtype)
+    weight.copy_(weight.double() / factor.double())
+    hooks.multiply(module, op.name, 0, factor)
 
 
 def _scale_and_shift(seen: Channels, weight: Tensor, shifts: bool) -> tuple[Tensor, Tensor]:

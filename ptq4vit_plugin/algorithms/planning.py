@@ -140,7 +140,7 @@ def _activation_quantizer(
         quantizer = _twin(_choice(source, settings), "twin_gelu")
         if quantizer != "twin_gelu":
             return quantizer, {}
-        minimum = MINIMA[source.kind] / source.minimum_scale
+        minimum = None if source.rescaled else MINIMA[source.kind] / source.minimum_scale
         return quantizer, {"minimum": minimum, "scale_ratio": settings.scale_ratio}
     if source.kind in NON_NEGATIVE and port == 0 and settings.activations.quantizer == "uniform":
         return "uniform", {"signed": False}

@@ -25,6 +25,9 @@ class Fold(BaseModel):
     attention: bool = Field(
         default=True, description="balance queries with keys and values with the projection"
     )
+    smooth: bool = Field(
+        default=True, description="multiply channels in front of the linears that no fold reaches"
+    )
 
 
 class Repair(BaseModel):
@@ -82,7 +85,7 @@ class PTQ4ViTPlus(ScaleSearch):
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
         prepare(module, data[0].to(module))
-        if self.fold.norms or self.fold.attention:
+        if any(dict(self.fold).values()):
             FoldNorms(**dict(self.fold)).fold(module, data)
         graph = hooks.trace(module, data[0].to(module).example)
         super().apply(model, graph, dataset=data)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
-from nncf.torch.quantization.layers import SQMultiply
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
@@ -113,7 +112,7 @@ class Reconstruct(CalibratedAlgorithm, Learning):
         """
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
-        if next(hooks.hooks(module), None) is None:
+        if next(hooks.quantizers(module), None) is None:
             raise ModelError("reconstruct: the model has no quantizers; quantize it before that")
         if _is_rounded(module):
             raise ModelError(
@@ -199,9 +198,8 @@ def _with_variations(data: Sequence[Batch], pool: int, generator: torch.Generato
 def without_quantizers(module: nn.Module) -> nn.Module:
     """A copy of a quantized model that computes in float; factors of SmoothQuant are part of it."""
     copied = copy.deepcopy(module)
-    for hook in list(hooks.hooks(copied)):
-        if not isinstance(hook.module, SQMultiply):
-            hooks.replace(copied, hook.module, nn.Identity())
+    for hook in list(hooks.quantizers(copied)):
+        hooks.replace(copied, hook.module, nn.Identity())
     return copied
 
 

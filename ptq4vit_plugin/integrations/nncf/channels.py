@@ -8,7 +8,7 @@ scaling) numbers does not pass this test.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from torch import Tensor, nn
 
 from ptq4vit_plugin.integrations.nncf.graph import KEEPS_NUMBERS
-from ptq4vit_plugin.integrations.nncf.hooks import watching
+from ptq4vit_plugin.integrations.nncf.hooks import is_factor, watching
 from ptq4vit_plugin.plan import FoundOp
 
 NORMS = ("layer_norm", "rms_norm")
@@ -161,6 +161,27 @@ def attention_paths(
             )
             values.append(ValuePath(product, right, projection, columns, shift))
     return scores, values
+
+
+def unreached_linears(
+    graph: NNCFGraph, found: Sequence[FoundOp], reached: Collection[str]
+) -> list[FoundOp]:
+    """Linears whose input channels no fold can rescale, and whose input nothing else takes.
+
+    Parameters
+    ----------
+    reached
+        Names of the linears that folds do reach.
+    """
+    linears = []
+    for op in found:
+        if op.kind != "linear" or op.name in reached or not op.sources[1].parameter:
+            continue
+        before = graph.get_input_edge_by_port_id(graph.get_node_by_name(op.name), 0).from_node
+        alone = len(graph.get_next_nodes(before)) == 1 and not is_factor(before.node_name)
+        if alone and op.sources[0].kind != "image" and _owns_weight(graph, op):
+            linears.append(op)
+    return linears
 
 
 def _norm_parameters(graph: NNCFGraph, node: NNCFNode) -> tuple[str, str | None] | None:

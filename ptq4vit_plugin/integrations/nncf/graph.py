@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 
 from ptq4vit_plugin.integrations.nncf.heads import head_dimension
+from ptq4vit_plugin.integrations.nncf.hooks import is_factor
 from ptq4vit_plugin.plan import FoundOp, LeftOut, OpKind, Source
 
 # Functions that move, select or repeat numbers without changing any (padding adds zeros, which
@@ -248,6 +250,9 @@ def source_of(graph: NNCFGraph, node: NNCFNode) -> Source:
     if node.node_type in JOINS:
         sources = {source_of(graph, before) for before in graph.get_previous_nodes(node)}
         return sources.pop() if len(sources) == 1 else Source("activation")
+    if is_factor(node.node_name):
+        product = graph.get_input_edge_by_port_id(node, 0)
+        return replace(source_of(graph, product.from_node), rescaled=True)
     if node.node_type == "nncf_model_const":
         return Source("weight", parameter=node.node_name)
     if node.node_type == "nncf_model_input":

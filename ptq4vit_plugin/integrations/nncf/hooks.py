@@ -29,6 +29,7 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import (
     build_nncf_graph,
 )
 from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE, get_hook_storage, is_wrapped
+from nncf.torch.quantization.layers import SQMultiply
 from torch import Tensor, nn
 
 from ptq4vit_plugin import registry
@@ -139,6 +140,31 @@ def hooks(model: nn.Module) -> Iterator[Hook]:
     for name, module in get_hook_storage(model).named_hooks(remove_duplicate=False):
         when, op, port = decode_hook_name(name)
         yield Hook("pre" if when.startswith("pre") else "post", op, port, module)
+
+
+def multiply(model: nn.Module, name: str, port: int, factor: Tensor) -> None:
+    """Multiply what arrives at an op's input port by a factor per channel, as SmoothQuant does.
+
+    The factor is a part of the float model: quantizers that are inserted later come behind it.
+
+    Parameters
+    ----------
+    factor
+        ``[C]``, in the dtype of the activation.
+    """
+    module = SQMultiply(tuple(factor.shape)).requires_grad_(False)
+    module.scale = factor
+    insert(model, name, port, module)
+
+
+def is_factor(node: str) -> bool:
+    """Whether a node of the NNCF graph is the multiplication that `multiply` inserts."""
+    return "/pre_hook__" in node and "/mul/" in node
+
+
+def quantizers(model: nn.Module) -> Iterator[Hook]:
+    """`hooks` but for the factors of `multiply` and of SmoothQuant, which are no quantizers."""
+    return (hook for hook in hooks(model) if not isinstance(hook.module, SQMultiply))
 
 
 def restore(model: nn.Module, config: dict[str, Any]) -> nn.Module:
@@ -290,18 +316,27 @@ def inside(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """The model without its hooks, for as long as the context lasts: the float model again."""
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """The model without its quantizers, for as long as the context lasts: the float model again."""
     if not is_wrapped(model):
         yield
         return
     storage = get_hook_storage(model)
     kept = storage.pre_hooks, storage.post_hooks
-    storage.pre_hooks, storage.post_hooks = nn.ModuleDict(), nn.ModuleDict()
+    storage.pre_hooks, storage.post_hooks = (_factors_only(places) for places in kept)
     try:
         yield
     finally:
         storage.pre_hooks, storage.post_hooks = kept
+
+
+def _factors_only(places: nn.ModuleDict) -> nn.ModuleDict:
+    factors = nn.ModuleDict()
+    for place, at_place in places.items():
+        kept = {key: hook for key, hook in at_place.items() if isinstance(hook, SQMultiply)}
+        if kept:
+            factors[place] = nn.ModuleDict(kept)
+    return factors
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
