@@ -5,8 +5,11 @@
 
 FOLDER has ``data.npz`` (``test_images``, ``calib_images``: uint8 RGB, 32 x 32) and the weights
 ``model.safetensors`` and ``model_outliers.safetensors`` of a DeiT-Tiny of depth 6 with 10 classes
-on patches of 4 x 4. Without it the script says so and stops. Cells that are in the JSON file
-already are not measured again. Times are CPU seconds of `quantize`.
+on patches of 4 x 4. ``model_hidden`` is made from the first: rows of every MLP's first layer grow
+by factors of ``exp(N(0, 1))``, where above 1, and the columns behind them shrink, so that GELU's
+outputs differ in size from channel to channel as they do in large models. Without the folder the
+script says so and stops. Cells that are in the JSON file already are not measured again. Times are
+CPU seconds of `quantize`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from safetensors.torch import load_file
 
 import ptq4vit_plugin as ptq
 
-MODELS = ("model", "model_outliers")
+MODELS = ("model", "model_outliers", "model_hidden")
 SEARCH = {
     "coarse": {"rounds": 2, "search_range": {"alpha": 0.05, "beta": 1.1, "n": 40}},
     "full": {},
@@ -34,6 +37,7 @@ ROWS = {
     "ablation": {
         "without norm folds": {**PLUS, "fold": {"norms": False}},
         "without attention folds": {**PLUS, "fold": {"attention": False}},
+        "without factors": {**PLUS, "fold": {"smooth": False}},
         "without ranges": {**PLUS, "compensate": {"ranges": False}},
         "without ridge": {**PLUS, "compensate": {"weights": False}},
         "without rounding": {**PLUS, "compensate": {"rounding": False}},
@@ -55,8 +59,21 @@ def images(pixels: np.ndarray) -> torch.Tensor:
 def float_model(folder: Path, name: str) -> torch.nn.Module:
     size = {"img_size": 32, "patch_size": 4, "depth": 6, "num_classes": 10}
     model = timm.create_model("deit_tiny_patch16_224", **size)
-    model.load_state_dict(load_file(folder / f"{name}.safetensors"))
-    return model.eval()
+    hidden = name == "model_hidden"
+    model.load_state_dict(load_file(folder / f"{'model' if hidden else name}.safetensors"))
+    return (with_uneven_hidden_channels(model) if hidden else model).eval()
+
+
+@torch.no_grad()
+def with_uneven_hidden_channels(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(5)
+    for block in model.blocks:
+        first, second = block.mlp.fc1, block.mlp.fc2
+        factor = torch.randn(first.out_features, generator=generator).exp().clamp_min(1)
+        first.weight.mul_(factor[:, None])
+        first.bias.mul_(factor)
+        second.weight.div_(factor)
+    return model
 
 
 @torch.no_grad()

@@ -8,13 +8,19 @@ from nncf.common.quantization.structs import QuantizationScheme
 from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec
 
 from ptq4vit_plugin.algorithms.compensation.normal import Normal
-from ptq4vit_plugin.algorithms.compensation.ranges import FACTORS, best_range
+from ptq4vit_plugin.algorithms.compensation.ranges import (
+    FACTORS,
+    best_range,
+    effective_rows,
+)
 from ptq4vit_plugin.algorithms.compensation.ridge import held_out_ridge, ridge
 from ptq4vit_plugin.algorithms.compensation.rounding import (
     compensated_rounding,
     held_out_rounding,
 )
 from ptq4vit_plugin.algorithms.compensation.steps import RowGrid, best_grid
+from ptq4vit_plugin.quantizers.base import Grouping
+from ptq4vit_plugin.quantizers.uniform import Uniform
 
 
 @pytest.fixture
@@ -161,15 +167,19 @@ def asymmetric(low, high, bits=8):
     return quantizer
 
 
+def energy_of(matrix):
+    return matrix.square().sum(0)[None]
+
+
 @torch.no_grad()
 def test_ranges_of_few_rows_fit_rows_that_come_later():
     generator = torch.Generator().manual_seed(6)
     x, later = torch.randn(2, 4000, 24, generator=generator)
     matrix = torch.randn(5, 24, generator=generator)
-    few = torch.zeros(4000)
-    few[:20] = 1
+    few = torch.zeros(1, 4000)
+    few[0, :20] = 1
     quantizer = asymmetric(float(x[:20].min()), float(x[:20].max()))
-    found = best_range(quantizer, x, x @ matrix.T, matrix, few)
+    found = best_range(quantizer, x[None], energy_of(matrix), few, 1)
 
     def error(q):
         return float(((q(later) - later) @ matrix.T).square().mean())
@@ -186,23 +196,66 @@ def test_ranges_against_trying_all():
     generator = torch.Generator().manual_seed(7)
     x, weight = torch.randn(30, 8, generator=generator), torch.rand(30, generator=generator)
     matrix = torch.randn(3, 8, generator=generator)
-    y = x @ matrix.T + 7  # a bias changes nothing
     n = float(weight.sum() ** 2 / (weight**2).sum())
-    mean = (weight[:, None] * x).sum(0) / weight.sum()
-    both = torch.cat([x, mean + (1 + 2 / n**0.5) * (x - mean)])
-    twice = torch.cat([weight, weight])[:, None] / (2 * weight.sum())
+    share = weight[:, None] / weight.sum()
+    mean = (share * x).sum(0)
     losses = []
     for factor in FACTORS:
-        rest = (asymmetric(-1.5 * factor, 2 * factor, bits=4)(both) - both) @ matrix.T
-        losses.append(float((twice * (rest - (twice * rest).sum(0)).square()).sum()))
-    found = best_range(asymmetric(-1.5, 2, bits=4), x, y, matrix, weight)
+        quantizer, loss = asymmetric(-1.5 * factor, 2 * factor, bits=4), 0
+        for rows in (x, mean + (1 + 2 / n**0.5) * (x - mean)):
+            rest = quantizer(rows) - rows
+            rest = rest - (share * rest).sum(0)
+            for output in matrix:  # errors of a row's numbers are taken as unrelated
+                loss += float((share * (rest * output).square()).sum())
+        losses.append(loss)
+    found = best_range(asymmetric(-1.5, 2, bits=4), x[None], energy_of(matrix), weight[None], 30)
     best = FACTORS[losses.index(min(losses))]
     assert float(found.input_range) == pytest.approx(3.5 * best, rel=1e-5)
 
 
+@torch.no_grad()
+def test_ranges_per_head_are_those_of_each_head_alone():
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(2, 40, 6, generator=generator) * torch.tensor([1.0, 3.0])[:, None, None]
+    energy = torch.rand(2, 6, generator=generator)
+    weight = torch.rand(2, 40, generator=generator)
+
+    def quantizer(heads):  # 3 bits: the levels of both heads end far inside and far outside
+        operand = Uniform(3, Grouping((1, heads, 1, 1)))
+        operand.observe(torch.ones(1, heads, 1, 1) * torch.tensor([1.0, 20.0])[:heads, None, None])
+        return operand.module(operand.n, lambda value: value)
+
+    both = quantizer(2)
+    found = best_range(both, x, energy, weight, 40)
+    for head in range(2):
+        one = slice(head, head + 1)
+        alone = quantizer(1)
+        alone.scale.copy_(both.scale[0, head].flatten())
+        expected = best_range(alone, x[one], energy[one], weight[one], 40)
+        assert float(found.scale[0, head]) == pytest.approx(float(expected.scale), rel=1e-5)
+    assert (found.scale / both.scale).flatten().unique().numel() == 2
+
+
 def test_ranges_that_many_rows_decided_stay():
-    x, matrix = torch.randn(2000, 8), torch.randn(3, 8)
+    x, energy = torch.randn(1, 2000, 8), torch.ones(1, 8)
     quantizer = asymmetric(-1, 1)
-    assert best_range(quantizer, x, x @ matrix.T, matrix, torch.ones(2000)) is quantizer
+    assert best_range(quantizer, x, energy, torch.ones(1, 2000), 10) is quantizer
     other = torch.nn.Identity()
-    assert best_range(other, x[:9], x[:9] @ matrix.T, matrix, torch.ones(9)) is other
+    assert best_range(other, x[:, :9], energy, torch.ones(1, 9), 9) is other
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.3, 1.0])
+def test_effective_rows_are_what_the_variance_of_a_mean_says(alike):
+    """Rows of one image share a part of their variance: how far do means of all rows scatter?"""
+    generator = torch.Generator().manual_seed(9)
+    trials, images, m, columns = 400, 16, 10, 12
+    shared = torch.randn(trials, images, 1, columns, generator=generator)
+    own = torch.randn(trials, images, m, columns, generator=generator)
+    x = (alike**0.5 * shared + (1 - alike) ** 0.5 * own).flatten(1, 2)
+    weight = torch.rand(images * m, generator=generator) + 0.1
+    share = (weight / weight.sum())[None, :, None]
+    scatter = float((share * x).sum(1).var(0).mean())  # of a variance of 1 per row
+    found = effective_rows(x, share, images)
+    assert found.shape == (trials, 1, 1)
+    # Kish's correction for uneven weights counts twice where rows are the same: 10 % or so.
+    assert float(found.mean()) == pytest.approx(1 / scatter, rel=0.2)

@@ -143,3 +143,20 @@ def test_compensation_after_smooth_quant_aims_at_the_float_model(net, images):
     repaired = ptq.quantize(net, calibration, [*steps, "compensate"])
     # With another target than the float model's it loses more than it gains.
     assert sqnr(repaired, net, unseen) > sqnr(plain, net, unseen)
+
+
+@torch.no_grad()
+def test_ranges_of_all_activations_are_looked_at(net, images, monkeypatch):
+    seen = []
+
+    def best_range(quantizer, rows, columns, weight, count):
+        assert rows.shape[1] == weight.shape[1] and rows.shape[2] == columns.shape[1] and count == 8
+        seen.append(type(quantizer).__name__)
+        return quantizer
+
+    monkeypatch.setattr("ptq4vit_plugin.algorithms.compensate.best_range", best_range)
+    for softmax in ("numerator", False):
+        seen.clear()
+        ptq.quantize(net, [images[:8]], config(8, twin={"softmax": softmax}))
+        # Queries, keys, values; four linears of the block and the head.
+        assert sorted(seen) == ["AsymmetricQuantizer"] * 5 + ["SymmetricQuantizer"] * 3

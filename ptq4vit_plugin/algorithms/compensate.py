@@ -41,7 +41,8 @@ class Compensate(CalibratedAlgorithm):
     Attributes
     ----------
     ranges
-        The input of a linear whose range few tokens have decided gets another one.
+        An input of a linear or of a product of attention whose range few independent tokens have
+        decided gets another one. Tokens of one image resemble each other, so they count less.
     weights
         Ridge regression moves the float weights to where the quantized inputs serve them best;
         then the steps of the weights are chosen anew.
@@ -101,12 +102,14 @@ class Compensate(CalibratedAlgorithm):
             shared = _shared_parameters(ops)
             exchanged: list[tuple[nn.Module, nn.Module]] = []
 
+            images = sum(map(len, data))
+
             def visit(op: FoundOp, seen: Seen) -> Tensor:
-                if self.ranges and op.kind == "linear" and (op.name, 0) in quantizers:
-                    old = quantizers[op.name, 0]
-                    new = _new_range(module, op, seen, old, importance.get(op.name))
+                for port in (0, 1) if self.ranges else ():
+                    old = quantizers.get((op.name, port))
+                    new = _new_range(module, op, port, seen, old, importance, images)
                     if new is not old:
-                        quantizers[op.name, 0] = new
+                        quantizers[op.name, port] = new
                         exchanged.append((old, new))
                 inputs = [
                     _through(quantizers.get((op.name, port)), x)
@@ -119,7 +122,7 @@ class Compensate(CalibratedAlgorithm):
                 fixed = name in shared or op.convolution.get("groups", 1) > 1
                 layer = _Layer(module, op, seen, inputs[0], quantizer, importance.get(op.name))
                 if not fixed:
-                    changed = self._treat(layer, sum(map(len, data)))
+                    changed = self._treat(layer, images)
                     if changed is not None:
                         exchanged.append((quantizer, changed))
                 return layer.output()
@@ -217,11 +220,39 @@ class _Layer:
 
 
 def _new_range(
-    module: nn.Module, op: FoundOp, seen: Seen, quantizer: nn.Module, importance: Tensor | None
-) -> nn.Module:
-    x, y = (v.float().flatten(0, -2) for v in (seen.inputs[0], seen.target))
-    weight = torch.ones(len(x)).to(x) if importance is None else importance.to(x)
-    return best_range(quantizer, x, y, module.get_parameter(op.sources[1].parameter), weight)
+    module: nn.Module,
+    op: FoundOp,
+    port: int,
+    seen: Seen,
+    quantizer: nn.Module | None,
+    importance: dict[str, Tensor],
+    images: int,
+) -> nn.Module | None:
+    """The quantizer of an activation with the range that suits it better, see `best_range`."""
+    if quantizer is None or port not in seen.inputs:
+        return quantizer
+    x = seen.inputs[port].float()
+    if op.kind == "linear":
+        matrix = module.get_parameter(op.sources[1].parameter).float()
+        rows = x.flatten(0, -2)[None]
+        weight = importance.get(op.name, torch.ones(rows.shape[1])).to(x)[None]
+        return best_range(quantizer, rows, matrix.square().sum(0)[None], weight, images)
+    if op.heads != 1 or x.ndim != 4 or len(seen.inputs) < 2:
+        return quantizer
+    other = seen.inputs[1 - port].float()
+    if other.shape[:2] != x.shape[:2]:
+        return quantizer
+    if op.role == "qk":
+        x, factor = (x, other) if port == 0 else (x.mT, other.mT)
+        columns = factor.square().sum((0, 3))
+        weight = torch.ones(1, x.shape[0] * x.shape[2]).to(x)
+    elif op.role == "attention_v" and port == 1:
+        # An error of a value is spread over the rows that attend to it.
+        columns = torch.ones(x.shape[1], x.shape[3]).to(x)
+        weight = other.square().sum(2).transpose(0, 1).flatten(1)
+    else:
+        return quantizer
+    return best_range(quantizer, x.transpose(0, 1).flatten(1, 2), columns, weight, images)
 
 
 def _through(quantizer: nn.Module | None, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ranges of a layer's input that few rows decide: widened for the rows that come later."""
+"""Ranges of activations that few rows decide: widened for the rows that come later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FEW = 128
 
 @torch.no_grad()
 def best_range(
-    quantizer: nn.Module, x: Tensor, y: Tensor, matrix: Tensor, weight: Tensor
+    quantizer: nn.Module, rows: Tensor, columns: Tensor, weight: Tensor, images: int
 ) -> nn.Module:
     """The quantizer, with another range if few rows have decided it and another one is better.
 
@@ -27,33 +27,82 @@ def best_range(
     Parameters
     ----------
     quantizer
-        Of one scale for all of `x`; any but NNCF's is returned as it is.
-    x
-        ``[N, I]``: the layer's input in the quantized model.
-    y
-        ``[N, O]``: its output in the float model.
-    matrix
-        ``[O, I]``: its weight.
+        Of one scale for all rows or one per group; any but NNCF's is returned as it is.
+    rows
+        ``[G, N, I]``: what it quantizes, group by group, image after image.
+    columns
+        ``[G, I]``: the energy with which the op multiplies every number of a row.
     weight
-        ``[N]``, not negative: how much a row counts. ``(Σ weight)² / Σ weight²`` is their
-        effective number n; nothing changes if it exceeds `FEW`.
+        ``[G or 1, N]``, not negative: how much a row counts.
+    images
+        Images that the N rows belong to. Nothing changes in groups whose rows are worth more than
+        `FEW` independent ones (`effective_rows`).
     """
     values = _range(quantizer)
-    alive = weight.nonzero()[:, 0]
-    if not values or any(value.numel() > 1 for value in values) or not len(alive):
+    groups = len(rows)
+    if not values or values[0].numel() not in (1, groups) or not weight.any():
         return quantizer
-    effective = weight.sum().square() / weight.square().sum()
-    if effective > FEW:
+    share = (weight / weight.sum(1, keepdim=True).clamp_min(1e-30))[..., None]
+    effective = effective_rows(rows, share, images)
+    if not (effective <= FEW).any():
         return quantizer
-    x, y, t = x[alive], y[alive], weight[alive] / weight.sum()
-    x, y = (torch.cat([v, torch.lerp(t @ v, v, 1 + 2 / effective.sqrt())]) for v in (x, y))
-    t = torch.cat([t, t]) / 2
+    mean = (share * rows).sum(1, keepdim=True)
+    moved = torch.lerp(mean, rows, 1 + 2 / effective.sqrt())
 
-    def error(candidate: nn.Module) -> float:
-        rest = candidate(x) @ matrix.T - y
-        return float(t @ (rest - t @ rest).square().sum(1))
+    def error(factor: float) -> Tensor:
+        candidate = _by_groups(quantizer, factor)
+        total = 0
+        for x in (rows, moved):
+            rest = candidate(x) - x
+            rest = rest - (share * rest).sum(1, keepdim=True)
+            total = total + (share * rest.square() * columns[:, None]).sum((1, 2))
+        return total
 
-    return min((_widened(quantizer, factor) for factor in FACTORS), key=error)
+    errors = torch.stack([error(factor) for factor in FACTORS])
+    if values[0].numel() == 1:
+        errors, effective = errors.sum(1, keepdim=True), effective.amin(0, keepdim=True)
+    factors = torch.tensor(FACTORS).to(errors)[errors.argmin(0)]
+    factors = torch.where(effective.flatten() <= FEW, factors, 1.0)
+    changed = copy.deepcopy(quantizer)
+    for value in _range(changed):
+        value.mul_(factors.view(value.shape))
+    return changed if (factors != 1).any() else quantizer
+
+
+def effective_rows(rows: Tensor, share: Tensor, images: int) -> Tensor:
+    """How many independent rows say as much as the rows of all images do, per group.
+
+    Two of Kish's corrections: ``1 / Σ share²`` for uneven weights, and a design effect of
+    ``1 + (m - 1) ρ`` for the m rows of an image, which resemble each other; ρ is the share of the
+    variance that lies between images, by analysis of variance over all columns together.
+
+    Parameters
+    ----------
+    rows
+        ``[G, N, I]``, image after image.
+    share
+        ``[G or 1, N, 1]``: weights that sum to 1.
+
+    Returns
+    -------
+    Tensor
+        ``[G, 1, 1]``.
+    """
+    count = (1 / share.square().sum(1, keepdim=True)).expand(len(rows), 1, 1)
+    per_image = count / images
+    if images < 2 or rows.shape[1] % images or not (per_image > 1).any():
+        return count
+    x, w = rows.unflatten(1, (images, -1)), share.unflatten(1, (images, -1))
+    of_image = w.sum(2, keepdim=True)
+    means = (w * x).sum(2, keepdim=True) / of_image.clamp_min(1e-30)
+    mean = (of_image * means).sum(1, keepdim=True)
+    # The mean of m rows varies by 1/m of what they do, without their resembling each other.
+    inside = (w * (x - means).square()).sum((1, 2, 3)) / (1 - 1 / per_image.flatten()).clamp_min(
+        0.1
+    )
+    between = (of_image * (means - mean).square()).sum((1, 2, 3)) - inside / per_image.flatten()
+    alike = between.clamp_min(0) / (between.clamp_min(0) + inside).clamp_min(1e-30)
+    return count / (1 + (per_image - 1).clamp_min(0) * alike[:, None, None])
 
 
 def _range(quantizer: nn.Module) -> list[Tensor]:
@@ -63,9 +112,11 @@ def _range(quantizer: nn.Module) -> list[Tensor]:
     return [quantizer.scale] if isinstance(quantizer, SymmetricQuantizer) else []
 
 
-def _widened(quantizer: nn.Module, factor: float) -> nn.Module:
-    """The same zero point, another step."""
+def _by_groups(quantizer: nn.Module, factor: float) -> nn.Module:
+    """The same zero point, another step, for rows ``[G, N, I]``."""
     changed = copy.deepcopy(quantizer)
     for value in _range(changed):
-        value.mul_(factor)
+        value.data = (
+            value.data.mul(factor).reshape(-1, 1, 1) if value.numel() > 1 else value * factor
+        )
     return changed
