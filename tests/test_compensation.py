@@ -202,7 +202,7 @@ def test_ranges_against_trying_all():
     losses = []
     for factor in FACTORS:
         quantizer, loss = asymmetric(-1.5 * factor, 2 * factor, bits=4), 0
-        for rows in (x, mean + (1 + 2 / n**0.5) * (x - mean)):
+        for rows in (x, mean + (1 + 2 / n**0.5 + 128 / n**3) * (x - mean)):
             rest = quantizer(rows) - rows
             rest = rest - (share * rest).sum(0)
             for output in matrix:  # errors of a row's numbers are taken as unrelated
