@@ -160,3 +160,30 @@ def test_ranges_of_all_activations_are_looked_at(net, images, monkeypatch):
         ptq.quantize(net, [images[:8]], config(8, twin={"softmax": softmax}))
         # Queries, keys, values; four linears of the block and the head.
         assert sorted(seen) == ["AsymmetricQuantizer"] * 5 + ["SymmetricQuantizer"] * 3
+
+
+class Grouped(torch.nn.Module):
+    """Convolutions in groups, one without a bias and one with a computed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 4, 4, bias=False)
+        self.groups = torch.nn.Conv2d(8, 16, 3, padding=1, groups=4, bias=False)
+        self.bias = torch.nn.Parameter(torch.randn(16))
+        self.last = torch.nn.Parameter(torch.randn(16, 4, 3, 3) / 6)
+        self.head = torch.nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.groups(torch.relu(self.stem(x)))
+        x = torch.nn.functional.conv2d(x, self.last, self.bias * 2, groups=4)
+        return self.head(x.mean((2, 3)))
+
+
+@torch.no_grad()
+def test_compensation_takes_grouped_convolutions_as_they_are(images):
+    torch.manual_seed(3)
+    net = Grouped().eval()
+    quantized = ptq.quantize(net, list(images[:32].split(8)), config(8))
+    assert sqnr(quantized, net, images[32:]) > 20
+    for name in ("groups.weight", "last", "bias"):
+        assert torch.equal(quantized.get_parameter(name), net.get_parameter(name))

@@ -175,10 +175,10 @@ class _Layer:
         self.importance = importance
         self._view = view_of(op)
         self._seen = seen
-        exact = self._rows(seen.exact[0])
-        target = self._view.output(seen.target.float())
-        # Where the bias is no parameter it stays as it is, whatever it is.
-        self._rest = None if op.bias else target[0, 0, 0] - exact[0] @ self.weight.T.float()
+        self._rest = None
+        if not op.bias:  # where the bias is no parameter it stays as it is, whatever it is
+            whole = self._apply(seen.exact[0][:1].float(), self.parameter.float(), None)
+            self._rest = self._of_channels(seen.target[:1].float() - whole)
 
     @property
     def weight(self) -> Tensor:
@@ -213,10 +213,18 @@ class _Layer:
     def output(self) -> Tensor:
         """The op's output from its quantized input, weight and bias as they are now."""
         weight = _through(self.quantizer, self.parameter)
-        bias = self.bias if self._rest is None else self._rest.to(weight)
+        return self._apply(
+            self.x, weight, self.bias if self._rest is None else self._rest.to(weight)
+        )
+
+    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.op.kind == "conv2d":
-            return F.conv2d(self.x, weight, bias, **self.op.convolution)
-        return F.linear(self.x, weight, bias)
+            return F.conv2d(x, weight, bias, **self.op.convolution)
+        return F.linear(x, weight, bias)
+
+    def _of_channels(self, y: Tensor) -> Tensor:
+        """One number per output channel of something that differs between channels only."""
+        return y[0].flatten(1)[:, 0] if self.op.kind == "conv2d" else y.flatten(0, -2)[0]
 
 
 def _new_range(
