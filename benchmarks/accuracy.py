@@ -39,7 +39,7 @@ ROWS = {
         "without attention folds": {**PLUS, "fold": {"attention": False}},
         "without factors": {**PLUS, "fold": {"smooth": False}},
         "without ranges": {**PLUS, "compensate": {"ranges": False}},
-        "without ridge": {**PLUS, "compensate": {"weights": False}},
+        "with ridge": {**PLUS, "compensate": {"weights": True}},
         "without rounding": {**PLUS, "compensate": {"rounding": False}},
         "without bias": {**PLUS, "compensate": {"bias": False}},
         "twin GELU": {**PLUS, "twin": {"gelu": True}},

@@ -187,3 +187,14 @@ def test_compensation_takes_grouped_convolutions_as_they_are(images):
     assert sqnr(quantized, net, images[32:]) > 20
     for name in ("groups.weight", "last", "bias"):
         assert torch.equal(quantized.get_parameter(name), net.get_parameter(name))
+
+
+@torch.no_grad()
+def test_ridge_moves_weights_off_their_nearest_levels_and_stays_close(net, images):
+    calibration, unseen = list(images[:32].split(8)), images[32:]
+    only = {"ranges": False, "rounding": False, "bias": False}
+    nearest = ptq.quantize(net, calibration, config(4, compensate={**only, "ranges": True}))
+    moved = ptq.quantize(net, calibration, config(4, compensate={**only, "weights": True}))
+    name = "blocks.0.mlp.fc2.weight"
+    assert not torch.equal(moved.get_parameter(name), nearest.get_parameter(name))
+    assert sqnr(moved, net, unseen) > sqnr(nearest, net, unseen) - 3

@@ -45,7 +45,8 @@ class Compensate(CalibratedAlgorithm):
         decided gets another one. Tokens of one image resemble each other, so they count less.
     weights
         Ridge regression moves the float weights to where the quantized inputs serve them best;
-        then the steps of the weights are chosen anew.
+        then the steps of the weights are chosen anew. Off unless asked for: it did not pay
+        (docs/accuracy.md).
     rounding
         Error-compensating rounding (GPTQ) in place of rounding to nearest.
     bias
@@ -55,7 +56,7 @@ class Compensate(CalibratedAlgorithm):
     """
 
     ranges: bool = Field(default=True, description="widen ranges that few tokens decided")
-    weights: bool = Field(default=True, description="ridge regression on the quantized inputs")
+    weights: bool = Field(default=False, description="ridge regression on the quantized inputs")
     rounding: bool = Field(default=True, description="error-compensating rounding")
     bias: bool = Field(default=True, description="biases absorb the mean output error")
     gradient: Gradient | None = Gradient(kind="output")

@@ -36,7 +36,7 @@ class Repair(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ranges: bool = Field(default=True, description="widen ranges that few tokens decided")
-    weights: bool = Field(default=True, description="ridge regression on the quantized inputs")
+    weights: bool = Field(default=False, description="ridge regression on the quantized inputs")
     rounding: bool = Field(default=True, description="error-compensating rounding")
     bias: bool = Field(default=True, description="biases absorb the mean output error")
 
