@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,13 +30,8 @@ from ptq4vit_plugin.plan import FoundOp
 HELD_OUT = 4
 
 
-class Compensate(CalibratedAlgorithm):
-    """After quantization, let weights and biases absorb the errors.
-
-    Lifecycle of `apply`: a backward pass of the float model weighs every token; then one forward
-    pass runs the float and the quantized model side by side, and every linear or convolution,
-    when its turn comes, is fitted to the float model's output from its real, quantized inputs.
-    Attention's products have no parameters and are only run.
+class Repairs(BaseModel):
+    """What compensation changes.
 
     Attributes
     ----------
@@ -51,14 +46,30 @@ class Compensate(CalibratedAlgorithm):
         Error-compensating rounding (GPTQ) in place of rounding to nearest.
     bias
         The bias absorbs the mean output error of every channel.
-    gradient
-        How tokens are weighed: by its root mean square. None weighs all alike.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     ranges: bool = Field(default=True, description="widen ranges that few tokens decided")
     weights: bool = Field(default=False, description="ridge regression on the quantized inputs")
     rounding: bool = Field(default=True, description="error-compensating rounding")
     bias: bool = Field(default=True, description="biases absorb the mean output error")
+
+
+class Compensate(CalibratedAlgorithm, Repairs):
+    """After quantization, let ranges, weights and biases absorb the errors.
+
+    Lifecycle of `apply`: a backward pass of the float model weighs every token; then one forward
+    pass runs the float and the quantized model side by side, and every linear or convolution,
+    when its turn comes, is fitted to the float model's output from its real, quantized inputs.
+    Attention's products have no parameters; only their ranges are looked at.
+
+    Attributes
+    ----------
+    gradient
+        How tokens are weighed: by its root mean square. None weighs all alike.
+    """
+
     gradient: Gradient | None = Gradient(kind="output")
 
     def apply(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
@@ -39,13 +39,8 @@ from ptq4vit_plugin.plan import FoundOp
 TOLERANCE = 1e-4
 
 
-class FoldNorms(CalibratedAlgorithm):
-    """Rescale channels so that one scale per tensor fits them all; the function stays the same.
-
-    Lifecycle of `apply`: norms followed by linears, and attentions whose factors are rows of
-    linears, are found on the graph and proved by running it; activations are measured in one
-    forward pass per calibration batch; scales (and shifts) are chosen in closed form and written
-    into the parameters; the outputs before and after are compared.
+class Folds(BaseModel):
+    """Which channels are rescaled.
 
     Attributes
     ----------
@@ -56,8 +51,10 @@ class FoldNorms(CalibratedAlgorithm):
         projection; keys and values lose their mean where softmax makes up for it.
     smooth
         A factor per channel in front of the linears that neither of them reaches, such as an MLP's
-        second (SmoothQuant). Runtimes merge the multiplication with the quantizer behind it.
+        second (SmoothQuant): one multiplication of the activation when the model runs.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     norms: bool = Field(default=True, description="fold scales and shifts of norms into linears")
     attention: bool = Field(
@@ -66,6 +63,16 @@ class FoldNorms(CalibratedAlgorithm):
     smooth: bool = Field(
         default=True, description="multiply channels in front of the linears that no fold reaches"
     )
+
+
+class FoldNorms(CalibratedAlgorithm, Folds):
+    """Rescale channels so that one scale per tensor fits them all; the function stays the same.
+
+    Lifecycle of `apply`: norms followed by linears, and attentions whose factors are rows of
+    linears, are found on the graph and proved by running it; activations are measured in one
+    forward pass per calibration batch; scales (and shifts) are chosen in closed form and written
+    into the parameters; the outputs before and after are compared.
+    """
 
     def apply(
         self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
@@ -98,26 +105,25 @@ class FoldNorms(CalibratedAlgorithm):
         kept = {name: value.clone() for name, value in module.named_parameters()}
         norms = norm_paths(module, graph, found, first.example)
         scores, values = attention_paths(module, graph, found, first.example)
+        reached = {op.name for path in norms for op in path.consumers}
+        reached |= {path.projection.name for path in values}
+        smoothed = unreached_linears(graph, found, reached) if self.smooth else []
+        norms = norms if self.norms else []
+        if not self.attention:
+            scores, values = [], []
+        measured = _measure(module, data, scores, values, norms, smoothed)
         # Attention first: it changes rows whose reach the scales of the norms depend on.
-        if self.attention:
-            measured = _measure_attention(module, data, scores, values)
-            for path in scores:
-                _balance_scores(module, path, measured)
-            for path in values:
-                _rescale_values(module, path, measured)
-        if self.norms:
-            for path, seen in _measure_norms(module, data, norms):
-                _fold_norm(module, path, seen)
-        smoothed = []
-        if self.smooth:
-            reached = {op.name for path in norms for op in path.consumers}
-            reached |= {path.projection.name for path in values}
-            smoothed = _measure_linears(module, data, unreached_linears(graph, found, reached))
-            for op, seen in smoothed:
-                _smooth(module, op, seen)
+        for path in scores:
+            _balance_scores(module, path, measured)
+        for path in values:
+            _rescale_values(module, path, measured)
+        for path in norms:
+            _fold_norm(module, path, measured)
+        for op in smoothed:
+            _smooth(module, op, measured[op.name, 0])
         change = (_output(module, first) - before).abs().max() / before.abs().max()
         if not change <= TOLERANCE:
-            for op, _ in smoothed:
+            for op in smoothed:
                 hooks.take(module, op.name, 0)
             for name, value in module.named_parameters():
                 value.copy_(kept[name])
@@ -132,33 +138,34 @@ def _output(module: nn.Module, batch: Batch) -> Tensor:
     return outputs_of(module, run(module, batch)).tensors[0].double()
 
 
-def _run(module: nn.Module, data: Sequence[Batch], inputs: dict, outputs: dict) -> None:
-    with hooks.watching(module, inputs, outputs):
+def _measure(
+    module: nn.Module,
+    data: Sequence[Batch],
+    scores: Sequence[ScorePath],
+    values: Sequence[ValuePath],
+    norms: Sequence[NormPath],
+    smoothed: Sequence[FoundOp],
+) -> dict[tuple[str, int], Heads | Channels]:
+    """Statistics at input ports, by op and port; one pass, as no fold changes another's inputs."""
+    inputs: dict[tuple[str, int], Heads | Channels] = {}
+    for path in scores:
+        inputs[path.product.name, 0] = Heads()
+        inputs[path.product.name, 1] = Heads(transposed=True)
+    # The first consumer's input has the norm's numbers, whatever reshapes lie in between.
+    linears = [*(path.projection for path in values), *(path.consumers[0] for path in norms)]
+    for op in (*linears, *smoothed):
+        inputs[op.name, 0] = Channels()
+    with hooks.watching(module, inputs, {}):
         for batch in data:
             _output(module, batch.to(module))
+    return inputs
 
 
-def _measure_norms(
-    module: nn.Module, data: Sequence[Batch], paths: Sequence[NormPath]
-) -> list[tuple[NormPath, Channels]]:
-    seen = [(path, Channels()) for path in paths]
-    # The first consumer's input has the norm's numbers, whatever reshapes lie in between.
-    _run(module, data, {(path.consumers[0].name, 0): stats for path, stats in seen}, {})
-    return seen
-
-
-def _fold_norm(module: nn.Module, path: NormPath, seen: Channels) -> None:
+def _fold_norm(module: nn.Module, path: NormPath, measured: dict) -> None:
     weights = [module.get_parameter(op.sources[1].parameter) for op in path.consumers]
+    seen = measured[path.consumers[0].name, 0]
     scale, shift = _scale_and_shift(seen, torch.cat(weights), path.shift)
     fold_norm(module, path, scale, shift)
-
-
-def _measure_linears(
-    module: nn.Module, data: Sequence[Batch], linears: Sequence[FoundOp]
-) -> list[tuple[FoundOp, Channels]]:
-    seen = [(op, Channels()) for op in linears]
-    _run(module, data, {(op.name, 0): stats for op, stats in seen}, {})
-    return seen
 
 
 def _smooth(module: nn.Module, op: FoundOp, seen: Channels) -> None:
@@ -174,22 +181,6 @@ def _scale_and_shift(seen: Channels, weight: Tensor, shifts: bool) -> tuple[Tens
     """Of the channels of an activation that linears with this weight take."""
     shift = seen.centre() if shifts else torch.zeros_like(seen.origin)
     return channel_scale(seen.reach(shift), seen.moment(2, shift), weight), shift
-
-
-def _measure_attention(
-    module: nn.Module,
-    data: Sequence[Batch],
-    scores: Sequence[ScorePath],
-    values: Sequence[ValuePath],
-) -> dict[tuple[str, int], Heads | Channels]:
-    inputs: dict[tuple[str, int], Heads | Channels] = {}
-    for path in scores:
-        inputs[path.product.name, 0] = Heads()
-        inputs[path.product.name, 1] = Heads(transposed=True)
-    for path in values:
-        inputs[path.projection.name, 0] = Channels()
-    _run(module, data, inputs, {})
-    return inputs
 
 
 def _balance_scores(module: nn.Module, path: ScorePath, measured: dict) -> None:

@@ -5,40 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from nncf.common.graph.graph import NNCFGraph
-from pydantic import BaseModel, ConfigDict, Field
 
-from ptq4vit_plugin.algorithms.compensate import Compensate
-from ptq4vit_plugin.algorithms.fold_norms import FoldNorms
+from ptq4vit_plugin.algorithms.compensate import Compensate, Repairs
+from ptq4vit_plugin.algorithms.fold_norms import FoldNorms, Folds
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.algorithms.settings import Activations, QuantizerName, Twin, TwinChoice
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
-
-
-class Fold(BaseModel):
-    """Exact folds before the search; the fields of `FoldNorms`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    norms: bool = Field(default=True, description="fold scales and shifts of norms into linears")
-    attention: bool = Field(
-        default=True, description="balance queries with keys and values with the projection"
-    )
-    smooth: bool = Field(
-        default=True, description="multiply channels in front of the linears that no fold reaches"
-    )
-
-
-class Repair(BaseModel):
-    """Closed-form compensation after the search; the fields of `Compensate`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ranges: bool = Field(default=True, description="widen ranges that few tokens decided")
-    weights: bool = Field(default=False, description="ridge regression on the quantized inputs")
-    rounding: bool = Field(default=True, description="error-compensating rounding")
-    bias: bool = Field(default=True, description="biases absorb the mean output error")
 
 
 class PlusActivations(Activations):
@@ -75,8 +49,8 @@ class PTQ4ViTPlus(ScaleSearch):
     activations: PlusActivations = PlusActivations()
     twin: PlusTwin = PlusTwin()
     gradient: PlusGradient = PlusGradient()
-    fold: Fold = Fold()
-    compensate: Repair = Repair()
+    fold: Folds = Folds()
+    compensate: Repairs = Repairs()
 
     def apply(
         self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None

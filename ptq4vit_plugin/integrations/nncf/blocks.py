@@ -77,7 +77,7 @@ def _place(hook: hooks.Hook) -> str:
 
 def _places_of_ops(model: nn.Module) -> list[str]:
     """The place of every quantized op, once for each op."""
-    found = list(hooks.hooks(model))
+    found = list(hooks.quantizers(model))
     places = [_place(hook) for hook in {h.op: h for h in found if h.when == "pre"}.values()]
     # Ops of which only the weight is quantized.
     return places + [_place(h) for h in found if h.when == "post" and _place(h) not in places]
