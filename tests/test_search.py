@@ -1,5 +1,7 @@
 """The scale search against a slow, obviously simple loop over candidates in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -368,6 +370,54 @@ def test_draw_takes_certain_items_once():
     index, factor = sampling.draw(importance, 4)
     assert {1, 6} <= set(index.flatten().tolist()) and len(set(index.flatten().tolist())) == 4
     assert factor.min() == 1 and torch.isfinite(factor).all()
+
+
+@pytest.mark.parametrize("error", [0.3, 0.03, 0.003])
+def test_no_fewer_rows_are_enough(error):
+    g = torch.Generator().manual_seed(2)
+    size = torch.exp(2 * normal(g, 4, 3, 50)).double()
+    size /= size.sum((1, 2), keepdim=True)
+    sorted_ = size.sort(-1, descending=True).values
+    fewest = min(
+        certain + math.ceil((sorted_[..., certain:].sum(-1) ** 2).sum(1).max() / error**2)
+        for certain in range(50)
+    )
+    certain, more = sampling.enough(size, size, error)
+    assert certain + more == fewest
+    assert (sorted_[..., certain:].sum(-1) ** 2).sum(1).max() <= more * error**2
+
+
+def test_largest_items_are_taken_once_and_count_once():
+    size = torch.tensor([[0.1, 5.0, 0.2, 4.0, 0.1, 0.3], [9.0, 0.1, 8.0, 0.1, 0.1, 0.1]])
+    index, factor = sampling.largest_and(size.double(), 2, 2)
+    assert {1, 3} <= set(index[0].tolist()) and {0, 2} <= set(index[1].tolist())
+    assert all(len(set(row)) == 4 for row in index.tolist())
+    assert (factor[size.gather(1, index) >= 4] == 1).all()
+    assert (factor[size.gather(1, index) < 4] > 1).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention"])
+def test_rows_that_carry_the_gradient_stand_for_all(kind):
+    op, a, b, _ = structured(kind, 6, seed=3)
+    g = torch.Generator().manual_seed(4)
+    op.fisher *= torch.exp(3 * normal(g, *op.fisher.shape[:3], 1))
+    everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
+    start = torch.full(a.grouping.shape, a.n), torch.full(b.grouping.shape, b.n)
+    rows = list(everything.row_loss(*start, groups=op.fisher.shape[3] // 8))
+    part = everything.weighty(rows, 1e-3)
+    assert part.cost < 0.6
+    elsewhere = start[0] // 2, start[1] // 2
+    view = objective.View("element")
+    whole, estimate = (p.loss(*elsewhere, "b", view).sum() for p in (everything, part))
+    assert float(estimate) == pytest.approx(float(whole), rel=5e-3)
+
+
+def test_no_row_can_be_spared_when_all_weigh_the_same():
+    op, a, b, _ = structured("linear", 6, seed=3)
+    op.fisher.fill_(1)
+    everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
+    start = torch.full((1, 1, 1, 1), a.n), torch.full((1, 1, 1, 96), b.n)
+    assert everything.weighty(list(everything.row_loss(*start, groups=12)), 1e-3) is None
 
 
 @pytest.mark.parametrize(

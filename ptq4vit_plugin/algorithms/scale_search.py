@@ -110,6 +110,7 @@ class ScaleSearch(CalibratedAlgorithm):
     )
 
     _finished: Path | None = PrivateAttr(default=None)
+    _families: dict[str, type[OperandQuantizer]] = PrivateAttr(default_factory=dict)
 
     def keep_finished_ops(self, folder: Path | None) -> None:
         """Keep finished ops in a folder, and take from there those of an interrupted run."""
@@ -396,7 +397,11 @@ class ScaleSearch(CalibratedAlgorithm):
     def _quantizer(self, operand: Operand, view: GemmView, x: Tensor) -> OperandQuantizer | None:
         if operand.quantizer is None:
             return None
-        family = registry.load("quantizers", operand.quantizer)
+        family = self._families.get(operand.quantizer)
+        if family is None:  # looking it up reads all installed packages' metadata
+            family = self._families[operand.quantizer] = registry.load(
+                "quantizers", operand.quantizer
+            )
         grouping = view.grouping(operand.port, operand.granularity)
         quantizer = family(operand.bits, grouping, self.search_range, **operand.options)
         quantizer.observe(x)

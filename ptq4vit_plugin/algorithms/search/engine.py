@@ -5,17 +5,21 @@ head, output channel, row block) takes its own best candidate; the groups of one
 interact, so candidate i is evaluated for all of them in one pass.
 
 `exhaustive` evaluates every candidate on all data. `fast` is successive halving: all candidates on
-a small sample of rows, the best few of every group on a larger one, the last survivors on all data
-(`SCHEDULE`). For an error metric, a row is drawn with a probability proportional to its share of
-the gradient's energy and of the loss at the start scales and at two clipping ones. Both are very
-uneven, and differ between output columns (those of q, k, v; of each head), so that a weight's
-columns draw their own rows in blocks of up to 32.
+a small sample of rows, the best few of every group on a larger one, the last survivors on the rows
+that decide (`SCHEDULE`). For an error metric, a row is drawn with a probability proportional to its
+share of the gradient's energy and of the loss at the start scales and at two clipping ones. Both
+are very uneven, and differ between output columns (those of q, k, v; of each head), so that a
+weight's columns draw their own rows in blocks of up to 32. As uneven are the rows that decide:
+often a class token's row carries nearly everything. The largest are taken and a sample of the
+others, so many that the loss of every head or few columns is known to `SURE`; where rows weigh
+alike, those are all rows.
 
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
-evaluated twice; an operand is not searched again while the other's choice stands; survivors are
-compared on all data, from the second round on together with the current choice, so that with an
-error metric the objective never rises. Heuristic, in `fast` only: a candidate that loses on a
-sample is dropped, and from the third round on only the second round's survivors are tried.
+evaluated twice; an operand is not searched again while the other's choice stands; from the second
+round on survivors are compared together with the current choice, so that with an error metric the
+objective on the rows compared never rises; objectives that are reported are of all rows. Heuristic,
+in `fast` only: a candidate that loses on a sample is dropped, survivors are compared up to `SURE`,
+and later searches of an operand try what survived an earlier one.
 """
 
 import math
@@ -28,7 +32,7 @@ from torch import Tensor
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.search.objective import View, is_angle, view
 from ptq4vit_plugin.algorithms.search.problem import Problem, Quantizer, as_bytes, problem_of
-from ptq4vit_plugin.algorithms.search.sampling import block_width
+from ptq4vit_plugin.algorithms.search.sampling import JUDGED, block_width
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class Stage:
     keep: int  #: candidates per group that go on to the next stage
 
 
-#: Stages of `fast`; the survivors of the last one are compared on all rows. The first round and
-#: the second (the first one had to work with the other operand's start scale) begin with all
-#: candidates, later rounds with those that survived the first stage in the second round.
+#: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows. An operand's
+#: search begins with all candidates until the other's scale has been searched once; from then on
+#: with those that survived the first stage then.
 SCHEDULE = (Stage(1 / 64, 128, 16), Stage(1 / 12, 512, 3))
 #: The same for products of attention: whole images are drawn there, which says less.
 BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 4))
@@ -53,6 +57,8 @@ ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
 #: column in so many.
 PROBES, PROBED_COLUMNS = (0.25, 0.5), 4
+#: Relative standard error up to which `fast` lets rows stand for all when it compares survivors.
+SURE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,9 @@ def _indifferent(candidates: Tensor, losses: Tensor) -> Tensor:
 class _Search:
     """State of one op's search: the current choice, the losses known so far, the cost."""
 
-    def __init__(self, problem: Problem, reduce: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, problem: Problem, order: tuple[str, str], reduce: Callable[[Tensor], Tensor]
+    ) -> None:
         self.problem = problem
         self.reduce = reduce
         self.evaluations = 0.0
@@ -102,7 +110,10 @@ class _Search:
         self._losses: dict[tuple, Tensor] = {}
         self._samples: dict[tuple[Stage, bool], Problem | None] = {}
         self._rows: list[Tensor] | None = None
+        self._finals = problem  #: on what the last survivors are compared
         self._survivors: dict[str, Tensor] = {}
+        # The round in which an operand first meets a searched scale of the other.
+        self._settled = {order[0]: 1, order[1]: 0}
         quantizers = {k: q for k, q in problem.quantizers.items() if q is not None}
         columns = problem.output.shape[3]
         per_column = any(1 < q.grouping.shape[3] == columns for q in quantizers.values())
@@ -116,7 +127,7 @@ class _Search:
         if is_angle(self.problem.metric):
             return self.objective()
         columns = self.problem.output.shape[3]
-        groups = columns // block_width(columns)
+        groups = columns // block_width(columns, JUDGED)
         loss, energy = self.problem.row_loss(self.index["a"], self.index["b"], groups)
         self.evaluations += self.problem.cost
         self._rows = [energy, loss]
@@ -138,6 +149,7 @@ class _Search:
                     probe[operand] = torch.full_like(index, int(share * quantizer.n))
             self._rows.append(part.row_loss(probe["a"], probe["b"], groups)[0])
             self.evaluations += part.cost
+        self._finals = self._together(self.problem.weighty(self._rows, SURE)) or self.problem
 
     def objective(self) -> float:
         """The op's loss at the current choice, on all data."""
@@ -147,28 +159,37 @@ class _Search:
 
     def exhaustive(self, operand: str) -> Tensor:
         """The best candidate of every group, all evaluated on all data."""
-        return self._decide(operand, self._candidates(operand))
+        candidates = self._candidates(operand)
+        return self._choose(operand, candidates, *self._evaluate(self._finals, operand, candidates))
 
     def fast(self, operand: str, turn: int) -> Tensor:
         """The same by successive halving (see `SCHEDULE`), in round `turn`, from 0."""
         current = self.index[operand]
         assert current is not None
-        candidates = self._survivors.get(operand, self._candidates(operand))
-        skip = 1 if operand in self._survivors else 0
         schedule = self._schedule(operand)
-        for stage in schedule[skip:]:
+        kept = self._survivors.get(operand)
+        candidates = self._candidates(operand) if kept is None else kept
+        for stage in schedule if kept is None else schedule[1:]:
             sample = self._sample(stage, operand)
             if sample is not None and len(candidates) > stage.keep:
                 _, groups = self._evaluate(sample, operand, candidates)
-                best = groups.argsort(dim=0, stable=True)[: stage.keep]
-                best = candidates.gather(0, best)
-                # Without a gradient on the sample a group keeps its choice for now.
-                candidates = torch.where(_indifferent(candidates, groups), current, best)
-                if turn == 1 and stage is schedule[0]:
-                    self._survivors[operand] = candidates
+                candidates = self._best(candidates, groups, stage.keep, current)
+                if turn >= self._settled[operand]:
+                    self._survivors.setdefault(operand, candidates)
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])
-        return self._decide(operand, candidates.sort(0).values)
+        candidates = candidates.sort(0).values
+        losses, groups = self._evaluate(self._finals, operand, candidates)
+        if turn >= self._settled[operand]:
+            best = self._best(candidates, groups, schedule[0].keep, current)
+            self._survivors.setdefault(operand, best)
+        return self._choose(operand, candidates, losses, groups)
+
+    @staticmethod
+    def _best(candidates: Tensor, groups: Tensor, keep: int, current: Tensor) -> Tensor:
+        """The best of every group; one without a gradient on the sample keeps its choice."""
+        best = candidates.gather(0, groups.argsort(dim=0, stable=True)[:keep])
+        return torch.where(_indifferent(candidates, groups), current, best)
 
     def _schedule(self, operand: str) -> tuple[Stage, ...]:
         if is_angle(self.problem.metric):
@@ -184,18 +205,16 @@ class _Search:
         rows = torch.arange(quantizer.n, device=current.device).view(-1, *[1] * current.dim())
         return rows.expand(-1, *current.shape)
 
-    def _decide(self, operand: str, candidates: Tensor) -> Tensor:
-        """First best candidate on all data; groups for which all are equal keep their choice."""
+    def _choose(self, operand: str, candidates: Tensor, losses: Tensor, groups: Tensor) -> Tensor:
+        """The first best candidate; groups for which all are equal keep their choice."""
         current = self.index[operand]
         assert current is not None
-        problem = self.problem
-        losses, groups = self._evaluate(problem, operand, candidates)
         best = groups.argmin(0, keepdim=True)
         choice = candidates.gather(0, best)[0]
         choice = torch.where(_indifferent(candidates, groups), current, choice)
         # Groups do not interact: the loss of the mixed choice is known without evaluating it.
         mixed = losses.gather(0, best.expand(1, *losses.shape[1:]))[0]
-        self._losses.setdefault(self._key(problem, operand, choice), mixed)
+        self._losses.setdefault(self._key(self._finals, operand, choice), mixed)
         return choice
 
     def _evaluate(
@@ -236,12 +255,15 @@ class _Search:
         key = (stage, in_blocks)
         if key not in self._samples:
             sample = self.problem.sample(stage.fraction, stage.minimum, self._rows, in_blocks)
-            # Processes take the same decision; one whose share is too small gives all its rows.
-            sampling = torch.tensor(float(sample is not None), device=self.problem.a.device)
-            if self.reduce(sampling) > 0 and sample is None:
-                sample = replace(self.problem, _kept={})
-            self._samples[key] = sample
+            self._samples[key] = self._together(sample)
         return self._samples[key]
+
+    def _together(self, sample: Problem | None) -> Problem | None:
+        """The sample if it spares work; processes decide alike, one without a sample gives all."""
+        spared = 0.0 if sample is None else self._finals.cost - sample.cost
+        if self.reduce(torch.tensor(spared, device=self.problem.a.device)) <= 0:
+            return None
+        return replace(self.problem, _kept={}) if sample is None else sample
 
 
 def search(
@@ -297,7 +319,7 @@ def search(
             for q in (a, b)
         ]
         return SearchResult(starts[0], starts[1], 0.0, 0.0, 0.0)
-    state = _Search(problem, reduce)
+    state = _Search(problem, order, reduce)
     before = state.start()
     if strategy == "fast":
         state.probe()

@@ -15,7 +15,14 @@ from ptq4vit_plugin.algorithms.search.objective import (
     error_weight,
     is_angle,
 )
-from ptq4vit_plugin.algorithms.search.sampling import draw, shares
+from ptq4vit_plugin.algorithms.search.sampling import (
+    BLOCK,
+    block_width,
+    draw,
+    enough,
+    largest_and,
+    shares,
+)
 from ptq4vit_plugin.integrations.device import has_int8_dot
 
 #: Elements of the output per chunk: 1 MB, which stays in a core's share of the last-level cache.
@@ -207,22 +214,55 @@ class Problem:
         if batch > 1:
             return self._sample_images(fraction, [x.sum(3) for x in rows_loss])
         count = max(1, round(rows * fraction))
-        blocks = rows_loss[0].shape[3] if in_blocks else 1
+        blocks = columns // block_width(columns, BLOCK) if in_blocks else 1
         if blocks == 1:  # the same rows for all columns and all groups of a convolution
             chosen, factor = draw(shares([x.sum((0, 1, 3))[None] for x in rows_loss]), count)
-            index, factor = chosen[0], factor[0, :, None]
-            a, output = self.a[:, :, index], self.output[:, :, index]
-            weight = None if self.weight is None else self.weight[:, :, index]
-        else:
-            chosen, factor = draw(shares([x[0, 0].T for x in rows_loss]), count)
-            factor = factor[..., None]
-            a = self.a[0, 0][chosen][None]
-            column = torch.arange(columns, device=chosen.device).view(blocks, 1, -1)
-            output = self.output[0, 0][chosen[..., None], column][None]
-            weight = self.weight
-            if weight is not None:
-                weight = weight[0, 0][chosen[..., None], column][None]
-        return self._sampled(a, self.b, output, weight, factor, blocks)
+            return self._rows(chosen[0], factor[0])
+        parts = [x[0, 0].unflatten(1, (blocks, -1)).sum(2).T for x in rows_loss]
+        chosen, factor = draw(shares(parts), count)
+        a = self.a[0, 0][chosen][None]
+        column = torch.arange(columns, device=chosen.device).view(blocks, 1, -1)
+        output = self.output[0, 0][chosen[..., None], column][None]
+        weight = self.weight
+        if weight is not None:
+            weight = weight[0, 0][chosen[..., None], column][None]
+        return self._sampled(a, self.b, output, weight, factor[..., None], blocks)
+
+    def weighty(self, rows_loss: Sequence[Tensor], error: float) -> "Problem | None":
+        """The rows that carry nearly everything and a sample of the others (error metrics).
+
+        Batched ops give as many rows of every image and head, other ops the same rows for all
+        columns: enough to tell the loss of every head or column block within `error`, relative.
+        None if those are most rows.
+        """
+        batch, _, rows, _ = self.output.shape
+        if batch > 1:  # [H,B,N]
+            parts = [x.sum(3).transpose(0, 1) for x in rows_loss]
+        else:  # [HG,1,N]
+            parts = [x[0].transpose(1, 2).flatten(0, 1)[:, None] for x in rows_loss]
+        size = shares([x.flatten(1) for x in parts]).view_as(parts[0])
+        drawn = size if batch > 1 else size.amax(0, keepdim=True)
+        certain, more = enough(drawn, size, error)
+        if certain + more > MOST * rows:
+            return None
+        index, factor = largest_and(drawn.flatten(0, 1), certain, more)
+        if batch == 1:
+            return self._rows(index[0], factor[0])
+        index, factor = (
+            x.view(*drawn.shape[:2], -1).transpose(0, 1)[..., None] for x in (index, factor)
+        )
+
+        def pick(x: Tensor) -> Tensor:
+            return x.gather(2, index.expand(*index.shape[:3], x.shape[3]))
+
+        weight = None if self.weight is None else pick(self.weight)
+        return self._sampled(pick(self.a), self.b, pick(self.output), weight, factor)
+
+    def _rows(self, index: Tensor, factor: Tensor) -> "Problem":
+        """The same rows of all heads and columns."""
+        a, output = self.a[:, :, index], self.output[:, :, index]
+        weight = None if self.weight is None else self.weight[:, :, index]
+        return self._sampled(a, self.b, output, weight, factor[:, None])
 
     def _sample_images(self, fraction: float, parts: list[Tensor]) -> "Problem":
         """Images per head, then rows per image, by sizes of parts ``[B,H,N]``."""

@@ -6,23 +6,26 @@ energy and of the loss at a few scales: both are very uneven, and differ between
 (those of q, k, v; of each head).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+#: Widest block of output columns whose losses are told apart.
+JUDGED = 8
 #: Widest block of output columns that draws its own sample of rows.
 BLOCK = 32
 
 
-def block_width(columns: int) -> int:
-    """The widest block up to `BLOCK` that divides the columns; all of them if none does."""
-    return next((w for w in range(min(BLOCK, columns), 7, -1) if columns % w == 0), columns)
+def block_width(columns: int, widest: int) -> int:
+    """The widest block up to `widest`, and not below 8, that divides the columns; else all."""
+    return next((w for w in range(min(widest, columns), 7, -1) if columns % w == 0), columns)
 
 
 def shares(parts: Sequence[Tensor]) -> Tensor:
-    """Sampling sizes ``[G, n]``: the sum of an item's shares of what its group has of each part."""
-    return torch.stack([x / x.sum(1, keepdim=True).clamp_min(1e-300) for x in parts]).sum(0)
+    """Sampling sizes ``[G, n]``: an item's mean share of what its group has of each part."""
+    return torch.stack([x / x.sum(1, keepdim=True).clamp_min(1e-300) for x in parts]).mean(0)
 
 
 def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -64,3 +67,40 @@ def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     )
     index = torch.searchsorted(ends, points.contiguous()).clamp_max(n - 1)
     return index, 1 / probability.gather(1, index)
+
+
+def enough(drawn: Tensor, judged: Tensor, error: float) -> tuple[int, int]:
+    """How many rows to take for certain, the largest first, and how many to draw of the rest.
+
+    With the rest drawn in proportion to `drawn`, which is nowhere below `judged`, the variance of a
+    group's sum is at most the product of what both have in the rest, over the number drawn.
+
+    Parameters
+    ----------
+    drawn
+        Sizes by which rows are drawn, ``[G or 1, P, n]``, P independent samples.
+    judged
+        Sizes ``[G, P, n]`` of G groups, each of which sums to 1.
+    error
+        Relative standard error that every group's sum may have.
+    """
+    order = drawn.argsort(-1, descending=True)
+    rest = [
+        x.gather(-1, order.expand_as(x)).flip(-1).cumsum(-1).flip(-1).double()
+        for x in (drawn, judged)
+    ]
+    variance = (rest[0] * rest[1]).sum(1).amax(0)  # [n]: after 0, 1, .. n - 1 certain rows
+    total = torch.arange(len(variance), device=variance.device) + variance / error**2
+    certain = int(total.argmin())
+    return certain, math.ceil(float(total[certain])) - certain
+
+
+def largest_and(size: Tensor, certain: int, more: int) -> tuple[Tensor, Tensor]:
+    """The `certain` largest items and a sample of `more` of the rest, as `draw` returns it."""
+    order = size.argsort(1, descending=True)
+    largest, rest = order[:, :certain], order[:, certain:].sort(1).values
+    chosen, factor = draw(size.gather(1, rest), more)
+    index = torch.cat([largest, rest.gather(1, chosen)], 1)
+    factor = torch.cat([torch.ones_like(largest, dtype=factor.dtype), factor], 1)
+    ascending = index.argsort(1)
+    return index.gather(1, ascending), factor.gather(1, ascending)
