@@ -175,18 +175,27 @@ def test_the_batch_is_dynamic_and_the_image_size_is_not(format, exported, batch)
     torch.testing.assert_close(run(x), one, rtol=0, atol=1e-4)
 
 
-def test_openvinos_own_conversion_and_nncfs_strip_take_our_models(quantized, batch):
-    import nncf
-
+def test_openvinos_own_conversion_takes_our_models(quantized, batch):
     model, x = quantized("vit", 8), batch("vit", 4, seed=1)
     with torch.no_grad():
         made = openvino.convert_model(model, example_input=x)
         settings = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
         out = torch.from_numpy(openvino.Core().compile_model(made, "CPU", settings)(x.numpy())[0])
         assert logit_sqnr(model(x), out) > 30
-        pytest.importorskip("torchao")
-        stripped = nncf.strip(model, do_copy=True)
+
+
+def test_nncfs_strip_takes_our_models(quantized, batch):
+    """Eight-bit uniform quantizers become PyTorch's own; a twin stays what it is."""
+    pytest.importorskip("torchao", reason="nncf.strip imports torchao")
+    import nncf
+
+    model, x = quantized("vit", 8), batch("vit", 4, seed=1)
+    with torch.no_grad():
+        stripped = nncf.strip(model, do_copy=True, example_input=x)
         assert logit_sqnr(model(x), stripped(x)) > 30
+    names = [type(module).__name__ for module in stripped.modules()]
+    assert "FakeQuantize" in names and "SymmetricQuantizer" not in names
+    assert any(name.startswith("Twin") for name in names)
 
 
 def test_torch_export_takes_the_lowered_model(quantized, batch):
