@@ -162,6 +162,8 @@ def runner(form: Form, folder: Path, model: nn.Module, settings: dict | None = N
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # Else its threads go on spinning after a call, on the cores that the next form runs on.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     properties = {
