@@ -355,6 +355,18 @@ def test_sampled_losses_estimate_the_whole(in_blocks):
     assert float(sample.loss(*elsewhere, "b", view).sum()) == pytest.approx(whole, rel=0.05)
 
 
+@pytest.mark.parametrize("columns", [10, 40, 96, 100, 1000])
+def test_samples_of_any_number_of_columns(columns):
+    g = torch.Generator().manual_seed(6)
+    op = Gemm(normal(g, 1, 1, 600, 24), normal(g, 1, 1, 24, columns))
+    op.fisher = torch.exp(2 * normal(g, 1, 1, 600, columns))
+    a, b = Uniform(6, TENSOR, SPAN), Uniform(6, Grouping((1, 1, 1, columns)), SPAN)
+    a.observe(op.a)
+    b.observe(op.b)
+    results = {s: search(op, a, b, strategy=s) for s in ("fast", "exhaustive")}
+    assert results["fast"].after <= 1.02 * results["exhaustive"].after
+
+
 def test_every_second_column_has_its_own_loss():
     op, a, b, _ = structured("linear", 6, seed=3)
     everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)

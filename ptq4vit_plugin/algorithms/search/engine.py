@@ -32,7 +32,7 @@ from torch import Tensor
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.search.objective import View, is_angle, view
 from ptq4vit_plugin.algorithms.search.problem import Problem, Quantizer, as_bytes, problem_of
-from ptq4vit_plugin.algorithms.search.sampling import JUDGED, block_width
+from ptq4vit_plugin.algorithms.search.sampling import judged_width
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _Search:
         if is_angle(self.problem.metric):
             return self.objective()
         columns = self.problem.output.shape[3]
-        groups = columns // block_width(columns, JUDGED)
+        groups = columns // judged_width(columns)
         loss, energy = self.problem.row_loss(self.index["a"], self.index["b"], groups)
         self.evaluations += self.problem.cost
         self._rows = [energy, loss]

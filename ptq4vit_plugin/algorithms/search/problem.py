@@ -15,14 +15,7 @@ from ptq4vit_plugin.algorithms.search.objective import (
     error_weight,
     is_angle,
 )
-from ptq4vit_plugin.algorithms.search.sampling import (
-    BLOCK,
-    block_width,
-    draw,
-    enough,
-    largest_and,
-    shares,
-)
+from ptq4vit_plugin.algorithms.search.sampling import draw, enough, largest_and, merged, shares
 from ptq4vit_plugin.integrations.device import has_int8_dot
 
 #: Elements of the output per chunk: 1 MB, which stays in a core's share of the last-level cache.
@@ -214,7 +207,8 @@ class Problem:
         if batch > 1:
             return self._sample_images(fraction, [x.sum(3) for x in rows_loss])
         count = max(1, round(rows * fraction))
-        blocks = columns // block_width(columns, BLOCK) if in_blocks else 1
+        groups = rows_loss[0].shape[3]
+        blocks = groups // merged(groups, columns // groups) if in_blocks else 1
         if blocks == 1:  # the same rows for all columns and all groups of a convolution
             chosen, factor = draw(shares([x.sum((0, 1, 3))[None] for x in rows_loss]), count)
             return self._rows(chosen[0], factor[0])

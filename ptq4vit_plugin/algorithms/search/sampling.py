@@ -12,15 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Widest block of output columns whose losses are told apart.
+#: Output columns whose losses are told apart from those of others.
 JUDGED = 8
 #: Widest block of output columns that draws its own sample of rows.
 BLOCK = 32
 
 
-def block_width(columns: int, widest: int) -> int:
-    """The widest block up to `widest`, and not below 8, that divides the columns; else all."""
-    return next((w for w in range(min(widest, columns), 7, -1) if columns % w == 0), columns)
+def judged_width(columns: int) -> int:
+    """Columns per group whose losses are told apart: 8, or all of them if 8 do not divide them."""
+    return columns if columns % JUDGED else JUDGED
+
+
+def merged(groups: int, width: int) -> int:
+    """How many groups of `width` columns draw their rows together, at most `BLOCK` columns."""
+    return max(k for k in range(1, max(1, BLOCK // width) + 1) if groups % k == 0)
 
 
 def shares(parts: Sequence[Tensor]) -> Tensor:
