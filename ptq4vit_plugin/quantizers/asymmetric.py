@@ -72,6 +72,13 @@ class Asymmetric(OperandQuantizer):
         self._zero_points = (-low / scale).round().clamp(0, top)
         return scale
 
+    def of_columns(self, columns: Tensor) -> OperandQuantizer:
+        zero_points = self.zero_points  # makes the table, too
+        part = super().of_columns(columns)
+        assert isinstance(part, Asymmetric)
+        part._zero_points = zero_points[..., columns]
+        return part
+
     def zero_at(self, index: int | Tensor) -> Tensor:
         """Return the zero point that `index` names, float32, group shape."""
         if isinstance(index, int):

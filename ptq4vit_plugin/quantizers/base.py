@@ -8,6 +8,7 @@ per tensor, ``(1, H, 1, 1)`` per head, ``(1, H, 1, O)`` per output channel.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -203,6 +204,20 @@ class OperandQuantizer(ABC):
         if isinstance(index, int):
             return self.table[index]
         return self.table.gather(0, index.unsqueeze(0)).squeeze(0)
+
+    def of_columns(self, columns: Tensor) -> "OperandQuantizer":
+        """The same quantizer for some columns of an operand with a scale per column.
+
+        Parameters
+        ----------
+        columns
+            Their places, ``[count]``. Rows of `table` keep their numbers.
+        """
+        part = copy(self)
+        part.grouping = Grouping((*self.grouping.shape[:-1], len(columns)))
+        part._low, part._high = self.low[..., columns], self.high[..., columns]
+        part._table = self.table[..., columns]
+        return part
 
     @abstractmethod
     def candidates(self) -> Tensor:

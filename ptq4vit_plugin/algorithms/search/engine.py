@@ -23,16 +23,18 @@ and later searches of an operand try what survived an earlier one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ptq4vit_plugin.algorithms.search import elimination
+from ptq4vit_plugin.algorithms.search.elimination import share_ahead
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.search.objective import View, is_angle, view
 from ptq4vit_plugin.algorithms.search.problem import Problem, Quantizer, as_bytes, problem_of
-from ptq4vit_plugin.algorithms.search.sampling import judged_width
+from ptq4vit_plugin.algorithms.search.sampling import judged_width, shares
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
 #: column in so many.
 PROBES, PROBED_COLUMNS = (0.25, 0.5), 4
+#: Share of the loss that is still ahead, in the mean over rows that are sorted by it, up to which
+#: `fast` searches by elimination.
+AHEAD = 0.1
+#: Loss over the best one's, beyond which later searches leave a candidate out. They fix the other
+#: operand at another scale, which changes the root of a loss by no more than the root of that
+#: operand's own share of it: about as much as the best candidate's whole loss.
+HOPELESS = 16.0
 #: Relative standard error up to which `fast` lets rows stand for all when it compares survivors.
 SURE = 1e-3
 
@@ -111,6 +120,9 @@ class _Search:
         self._samples: dict[tuple[Stage, bool], Problem | None] = {}
         self._rows: list[Tensor] | None = None
         self._finals = problem  #: on what the last survivors are compared
+        self._pieces: list[Problem] = []  #: of rows sorted by what is lost on them
+        #: Of the present choice, its losses on every piece.
+        self._known: tuple[tuple, Tensor] | None = None
         self._survivors: dict[str, Tensor] = {}
         # The round in which an operand first meets a searched scale of the other.
         self._settled = {order[0]: 1, order[1]: 0}
@@ -138,18 +150,34 @@ class _Search:
         if self._rows is None:
             return
         groups = self._rows[0].shape[3]
-        step = math.gcd(PROBED_COLUMNS, self.problem.output.shape[3] // groups)
-        part = self.problem.every(step)
+        columns = self.problem.output.shape[3]
+        some = torch.arange(
+            0, columns, math.gcd(PROBED_COLUMNS, columns // groups), device=self.problem.a.device
+        )
+        part = self.problem.of_columns(some)
         moved = ("a", "b") if self.problem.output.shape[0] > 1 else ("a",)
         for share in PROBES:
-            probe = dict(self.index)
+            probe = {"a": self.index["a"], "b": _of_columns(self.index["b"], some)}
             for operand in moved:
-                quantizer, index = self.problem.quantizers[operand], self.index[operand]
+                quantizer, index = part.quantizers[operand], probe[operand]
                 if quantizer is not None and index is not None:
                     probe[operand] = torch.full_like(index, int(share * quantizer.n))
             self._rows.append(part.row_loss(probe["a"], probe["b"], groups)[0])
             self.evaluations += part.cost
-        self._finals = self._together(self.problem.weighty(self._rows, SURE)) or self.problem
+        if self.problem.output.shape[0] > 1:
+            self._finals = self._together(self.problem.weighty(self._rows, SURE)) or self.problem
+        else:
+            self._sort_rows()
+
+    def _sort_rows(self) -> None:
+        """Sort the rows by what is lost on them and cut them in pieces, if few have nearly all."""
+        assert self._rows is not None
+        size = shares([x.sum((0, 1, 3))[None] for x in self._rows])[0]
+        refused = float(len(size) < 2 * elimination.FIRST or share_ahead(size) > AHEAD)
+        # Processes decide alike: all sort, or none does.
+        if not self.reduce(torch.tensor(refused, device=size.device)) > 0:
+            self.problem = self._finals = self.problem.of_rows(size.argsort(descending=True))
+            self._pieces = [self.problem.of_rows(part) for part in elimination.pieces(len(size))]
 
     def objective(self) -> float:
         """The op's loss at the current choice, on all data."""
@@ -163,7 +191,12 @@ class _Search:
         return self._choose(operand, candidates, *self._evaluate(self._finals, operand, candidates))
 
     def fast(self, operand: str, turn: int) -> Tensor:
-        """The same by successive halving (see `SCHEDULE`), in round `turn`, from 0."""
+        """The same by successive halving (see `SCHEDULE`), in round `turn`, from 0.
+
+        Or by elimination, for certain, where few rows carry nearly everything.
+        """
+        if self._pieces:
+            return self._certain(operand, turn)
         current = self.index[operand]
         assert current is not None
         schedule = self._schedule(operand)
@@ -184,6 +217,95 @@ class _Search:
             best = self._best(candidates, groups, schedule[0].keep, current)
             self._survivors.setdefault(operand, best)
         return self._choose(operand, candidates, losses, groups)
+
+    def _certain(self, operand: str, turn: int) -> Tensor:
+        """The best candidate of every group (see `elimination`); round `turn`, from 0."""
+        current = self.index[operand]
+        assert current is not None
+        candidates = self._candidates(operand)
+        weighed = self._summed(operand, self._energy()[None]) > 0
+        alive = self._survivors.get(operand, torch.ones_like(candidates, dtype=torch.bool))
+        alive = (alive | (candidates == current)) & weighed
+        if not alive.any():
+            return current
+        known = None
+        if self._known is not None and self._known[0] == self._key(self.problem, operand, current):
+            known = (candidates == current) & alive, self._known[1]
+        choice, bounds, losses = elimination.best_candidates(
+            len(self._pieces),
+            lambda piece, which: self._losses_of(self._pieces[piece], operand, which),
+            lambda losses: self._summed(operand, losses),
+            alive,
+            known,
+        )
+        if turn >= self._settled[operand]:
+            least = bounds.gather(0, choice[None])
+            self._survivors.setdefault(operand, bounds <= HOPELESS * least)
+        # A group without a gradient keeps its choice; what it loses is zero anyway.
+        choice = torch.where(weighed[0], choice, current)
+        key = self._key(self.problem, operand, choice)
+        self._known, self._losses[key] = (key, losses), losses.sum(0)
+        return choice
+
+    def _energy(self) -> Tensor:
+        """What every head and column weighs, ``[1, H, 1, O]``."""
+        weight = self.problem.weight
+        if weight is None:
+            return torch.ones_like(self.problem.output[:, :, :1])
+        return self.reduce(weight.square().sum(2, keepdim=True, dtype=torch.float64))
+
+    def _summed(self, operand: str, losses: Tensor) -> Tensor:
+        """Losses ``[n, 1, H, 1, 1 or O]`` per group, ``[n, *group shape]``."""
+        quantizer = self.problem.quantizers[operand]
+        assert quantizer is not None
+        return torch.vmap(quantizer.grouping.sum)(losses)
+
+    def _losses_of(self, problem: Problem, operand: str, which: Tensor) -> Tensor:
+        """Losses ``[n, 1, H, 1, 1 or O]`` of candidates `which`, ``[n, *group shape]``.
+
+        One evaluation takes another candidate for every group. Groups have different numbers of
+        them, so that columns with scales of their own are put together with others of their kind.
+        """
+        found: Tensor | None = None
+        for part, columns in self._alike(problem, operand, which):
+            some = which if columns is None else which[..., columns]
+            count = some.sum(0)
+            ordered = some.int().argsort(dim=0, descending=True, stable=True)
+            for number in range(int(count.max())):
+                index = torch.where(number < count, ordered[number], ordered[0])
+                choice = {**self.index, operand: index}
+                loss = self.reduce(
+                    part.loss(choice["a"], choice["b"], operand, self._views[operand])
+                )
+                self.evaluations += part.cost
+                if found is None:
+                    width = loss.shape[3] if columns is None else which.shape[-1]
+                    found = loss.new_zeros(len(which), *loss.shape[:3], width)
+                if columns is None:
+                    found.scatter_(0, index.expand(loss.shape)[None], loss[None])
+                else:
+                    found[index.flatten(), 0, 0, 0, columns] = loss.flatten()
+        assert found is not None, "at least one group has candidates"
+        return found
+
+    def _alike(
+        self, problem: Problem, operand: str, which: Tensor
+    ) -> Iterator[tuple[Problem, Tensor | None]]:
+        """The problem in parts whose columns have about as many candidates; None: all columns."""
+        quantizer = problem.quantizers[operand]
+        assert quantizer is not None
+        count, columns = which.sum(0).flatten(), problem.output.shape[3]
+        if len(count) != columns or columns == 1 or quantizer.grouping.blocks:
+            yield problem, None
+            return
+        problem.fixed("a", self.index["a"])  # once for all parts
+        size = count.clamp_min(1).double().log2().ceil()
+        for value in size[count > 0].unique():
+            chosen = ((size == value) & (count > 0)).nonzero()[:, 0]
+            if len(chosen) == columns:
+                yield problem, None
+            else:
+                yield problem.of_columns(chosen), chosen
 
     @staticmethod
     def _best(candidates: Tensor, groups: Tensor, keep: int, current: Tensor) -> Tensor:
@@ -266,6 +388,10 @@ class _Search:
         return replace(self.problem, _kept={}) if sample is None else sample
 
 
+def _of_columns(index: Tensor | None, columns: Tensor) -> Tensor | None:
+    return index if index is None or index.shape[3] == 1 else index[..., columns]
+
+
 def search(
     gemm: Gemm,
     a: Quantizer | None,
@@ -312,14 +438,13 @@ def search(
     if gemm.a.shape[2] % images:
         raise ValueError(f"{gemm.a.shape[2]} rows do not divide into {images} images")
     quantizers = {"a": a, "b": b}
-    problem = problem_of(gemm, quantizers, metric, images)
-    if metric == "hessian" and not reduce(gemm.fisher.amax()) > 0:
+    if metric == "hessian" and gemm.fisher is not None and not reduce(gemm.fisher.amax()) > 0:
         starts = [
             None if q is None else torch.full(q.grouping.shape, q.n, device=gemm.a.device)
             for q in (a, b)
         ]
         return SearchResult(starts[0], starts[1], 0.0, 0.0, 0.0)
-    state = _Search(problem, order, reduce)
+    state = _Search(problem_of(gemm, quantizers, metric, images), order, reduce)
     before = state.start()
     if strategy == "fast":
         state.probe()

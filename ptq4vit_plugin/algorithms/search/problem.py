@@ -43,6 +43,8 @@ class Quantizer(Protocol):
 
     def terms(self, x: Tensor, index: Tensor | int) -> list[tuple[Tensor, Tensor]]: ...
 
+    def of_columns(self, columns: Tensor) -> "Quantizer": ...
+
 
 @dataclass
 class Problem:
@@ -51,8 +53,8 @@ class Problem:
     Attributes
     ----------
     a, b
-        Operands ``[B,H,N,I]`` and ``[B or 1,H,I,O]``. A weight stays whole when `step` or
-        `blocks` take it apart: its scales belong to its columns.
+        Operands ``[B,H,N,I]`` and ``[B or 1,H,I,O]``. A weight stays whole when `blocks` take it
+        apart: its scales belong to its columns.
     output
         The full-precision product without bias, contiguous.
     weight
@@ -66,8 +68,6 @@ class Problem:
         Output elements, as a share of the whole op's.
     blocks
         Column blocks that stand where the heads are, each with its own rows.
-    step
-        One output column in so many is evaluated.
     """
 
     metric: str
@@ -81,7 +81,6 @@ class Problem:
     integer: bool
     cost: float
     blocks: int = 1
-    step: int = 1
     _kept: dict[str, tuple[bytes, Terms]] = field(default_factory=dict)
 
     # Evaluation -----------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ class Problem:
         for error, output, weight in self._errors(a_index, b_index, searched, view):
             if is_angle(self.metric):
                 if self.bias is not None:
-                    output = output + self._of_columns(self.bias)
+                    output = output + self._in_blocks(self.bias)
                 whole = error.shape[0] > 1 or self.output.shape[0] > 1
                 images = 1 if whole else error.shape[2] * self.images // self.output.shape[2]
                 part = angle_loss(self.metric, error, output, view, images, weight)
@@ -128,9 +127,9 @@ class Problem:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield ``(error, output, weight)`` of every chunk at the given choice."""
         batched = self.output.shape[0] > 1
-        a_whole = None if searched == "a" else self._whole("a", a_index)
+        a_whole = None if searched == "a" else self.fixed("a", a_index)
         # A weight is quantized once per candidate; a batched operand chunk by chunk.
-        b_whole = None if searched == "b" and batched else self._whole("b", b_index)
+        b_whole = None if searched == "b" and batched else self.fixed("b", b_index)
         for images, rows in self._chunks(view):
             if a_whole is None:
                 a = self._quantize("a", self.a[images, :, rows], a_index)
@@ -157,19 +156,17 @@ class Problem:
         if operand == "a":
             return terms
         return [
-            (self._of_columns(codes), None if scale is None else self._of_columns(scale))
+            (self._in_blocks(codes), None if scale is None else self._in_blocks(scale))
             for codes, scale in terms
         ]
 
-    def _of_columns(self, x: Tensor) -> Tensor:
-        """The right operand, or a bias, as the evaluated columns or the column blocks need it."""
-        if x.shape[-1] > 1:
-            x = x[..., :: self.step]
+    def _in_blocks(self, x: Tensor) -> Tensor:
+        """The right operand, or a bias, as the column blocks need it."""
         if self.blocks > 1:
             x = x.unflatten(3, (self.blocks, -1))[0, 0].transpose(0, 1)[None]
         return x
 
-    def _whole(self, operand: str, index: Tensor | None) -> Terms:
+    def fixed(self, operand: str, index: Tensor | None) -> Terms:
         """The quantized operand, kept until another choice is asked for."""
         key = b"" if index is None else as_bytes(index)
         kept = self._kept.get(operand)
@@ -211,7 +208,9 @@ class Problem:
         blocks = groups // merged(groups, columns // groups) if in_blocks else 1
         if blocks == 1:  # the same rows for all columns and all groups of a convolution
             chosen, factor = draw(shares([x.sum((0, 1, 3))[None] for x in rows_loss]), count)
-            return self._rows(chosen[0], factor[0])
+            part = self.of_rows(chosen[0])
+            factor = factor[0][:, None]
+            return self._sampled(part.a, part.b, part.output, part.weight, factor)
         parts = [x[0, 0].unflatten(1, (blocks, -1)).sum(2).T for x in rows_loss]
         chosen, factor = draw(shares(parts), count)
         a = self.a[0, 0][chosen][None]
@@ -223,27 +222,19 @@ class Problem:
         return self._sampled(a, self.b, output, weight, factor[..., None], blocks)
 
     def weighty(self, rows_loss: Sequence[Tensor], error: float) -> "Problem | None":
-        """The rows that carry nearly everything and a sample of the others (error metrics).
+        """The rows that carry nearly everything and a sample of the others (batched ops).
 
-        Batched ops give as many rows of every image and head, other ops the same rows for all
-        columns: enough to tell the loss of every head or column block within `error`, relative.
-        None if those are most rows.
+        As many rows of every image and head: enough to tell the loss of every head within `error`,
+        relative (error metrics). None if those are most rows.
         """
-        batch, _, rows, _ = self.output.shape
-        if batch > 1:  # [H,B,N]
-            parts = [x.sum(3).transpose(0, 1) for x in rows_loss]
-        else:  # [HG,1,N]
-            parts = [x[0].transpose(1, 2).flatten(0, 1)[:, None] for x in rows_loss]
+        parts = [x.sum(3).transpose(0, 1) for x in rows_loss]  # [H,B,N]
         size = shares([x.flatten(1) for x in parts]).view_as(parts[0])
-        drawn = size if batch > 1 else size.amax(0, keepdim=True)
-        certain, more = enough(drawn, size, error)
-        if certain + more > MOST * rows:
+        certain, more = enough(size, error)
+        if certain + more > MOST * size.shape[2]:
             return None
-        index, factor = largest_and(drawn.flatten(0, 1), certain, more)
-        if batch == 1:
-            return self._rows(index[0], factor[0])
         index, factor = (
-            x.view(*drawn.shape[:2], -1).transpose(0, 1)[..., None] for x in (index, factor)
+            x.view(*size.shape[:2], -1).transpose(0, 1)[..., None]
+            for x in largest_and(size.flatten(0, 1), certain, more)
         )
 
         def pick(x: Tensor) -> Tensor:
@@ -251,12 +242,6 @@ class Problem:
 
         weight = None if self.weight is None else pick(self.weight)
         return self._sampled(pick(self.a), self.b, pick(self.output), weight, factor)
-
-    def _rows(self, index: Tensor, factor: Tensor) -> "Problem":
-        """The same rows of all heads and columns."""
-        a, output = self.a[:, :, index], self.output[:, :, index]
-        weight = None if self.weight is None else self.weight[:, :, index]
-        return self._sampled(a, self.b, output, weight, factor[:, None])
 
     def _sample_images(self, fraction: float, parts: list[Tensor]) -> "Problem":
         """Images per head, then rows per image, by sizes of parts ``[B,H,N]``."""
@@ -316,16 +301,34 @@ class Problem:
             _kept={},
         )
 
-    def every(self, step: int) -> "Problem":
-        """The problem for one output column in so many (error metrics)."""
-        if step == 1:
-            return self
-        output = self.output[..., ::step].contiguous()
-        weight = self.weight
+    def of_columns(self, columns: Tensor) -> "Problem":
+        """The problem for some output columns (error metrics)."""
+        weight, quantizer = self.weight, self.quantizers["b"]
         if weight is not None and weight.shape[3] > 1:
-            weight = weight[..., ::step].contiguous()
-        cost = self.cost * output.shape[3] / self.output.shape[3]
-        return replace(self, output=output, weight=weight, cost=cost, step=step, _kept={})
+            weight = weight[..., columns]
+        if quantizer is not None and quantizer.grouping.shape[3] > 1:
+            quantizer = quantizer.of_columns(columns)
+        return replace(
+            self,
+            b=self.b[..., columns],
+            output=self.output[..., columns],
+            weight=weight,
+            quantizers={**self.quantizers, "b": quantizer},
+            cost=self.cost * len(columns) / self.output.shape[3],
+            _kept={name: kept for name, kept in self._kept.items() if name == "a"},
+        )
+
+    def of_rows(self, rows: Tensor | slice) -> "Problem":
+        """The problem for some rows, or with its rows in another order (error metrics, one B)."""
+        output = self.output[:, :, rows]
+        return replace(
+            self,
+            a=self.a[:, :, rows],
+            output=output,
+            weight=None if self.weight is None else self.weight[:, :, rows],
+            cost=self.cost * output.shape[2] / self.output.shape[2],
+            _kept={},
+        )
 
 
 def problem_of(

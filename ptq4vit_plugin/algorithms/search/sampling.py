@@ -74,27 +74,21 @@ def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return index, 1 / probability.gather(1, index)
 
 
-def enough(drawn: Tensor, judged: Tensor, error: float) -> tuple[int, int]:
-    """How many rows to take for certain, the largest first, and how many to draw of the rest.
+def enough(size: Tensor, error: float) -> tuple[int, int]:
+    """How many items to take for certain, the largest first, and how many to draw of the rest.
 
-    With the rest drawn in proportion to `drawn`, which is nowhere below `judged`, the variance of a
-    group's sum is at most the product of what both have in the rest, over the number drawn.
+    With the rest drawn in proportion to size, the variance of a sum is at most the square of what
+    the rest has of it, over the number drawn.
 
     Parameters
     ----------
-    drawn
-        Sizes by which rows are drawn, ``[G or 1, P, n]``, P independent samples.
-    judged
-        Sizes ``[G, P, n]`` of G groups, each of which sums to 1.
+    size
+        ``[G, P, n]``: of G groups that sum to 1 each, P independent samples of n items.
     error
         Relative standard error that every group's sum may have.
     """
-    order = drawn.argsort(-1, descending=True)
-    rest = [
-        x.gather(-1, order.expand_as(x)).flip(-1).cumsum(-1).flip(-1).double()
-        for x in (drawn, judged)
-    ]
-    variance = (rest[0] * rest[1]).sum(1).amax(0)  # [n]: after 0, 1, .. n - 1 certain rows
+    rest = size.sort(-1).values.double().cumsum(-1).flip(-1)
+    variance = rest.square().sum(1).amax(0)  # [n]: after 0, 1, .. n - 1 certain items
     total = torch.arange(len(variance), device=variance.device) + variance / error**2
     certain = int(total.argmin())
     return certain, math.ceil(float(total[certain])) - certain
