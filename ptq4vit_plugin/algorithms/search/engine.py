@@ -44,16 +44,17 @@ class Stage:
     fraction: float  #: of the output rows that are evaluated
     minimum: int  #: rows, for small ops
     keep: int  #: candidates per group that go on to the next stage
+    far: float = math.inf  #: loss over the best one's from which on they do not
 
 
 #: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows. An operand's
 #: search begins with all candidates until the other's scale has been searched once; from then on
 #: with those that survived the first stage then.
-SCHEDULE = (Stage(1 / 64, 128, 16), Stage(1 / 12, 512, 3))
+SCHEDULE = (Stage(1 / 64, 128, 32), Stage(1 / 12, 512, 8, 1.3))
 #: The same for products of attention: whole images are drawn there, which says less.
-BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 4))
+BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 8))
 #: The same for an operand with one scale, whose loss is a smooth curve.
-SINGLE_SCHEDULE = (Stage(1 / 64, 128, 8), Stage(1 / 12, 512, 2))
+SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 4, 1.1))
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
@@ -187,8 +188,7 @@ class _Search:
 
     def exhaustive(self, operand: str) -> Tensor:
         """The best candidate of every group, all evaluated on all data."""
-        candidates = self._candidates(operand)
-        return self._choose(operand, candidates, *self._evaluate(self._finals, operand, candidates))
+        return self._compared(operand, torch.ones_like(self._candidates(operand), dtype=torch.bool))
 
     def fast(self, operand: str, turn: int) -> Tensor:
         """The same by successive halving (see `SCHEDULE`), in round `turn`, from 0.
@@ -205,18 +205,18 @@ class _Search:
         for stage in schedule if kept is None else schedule[1:]:
             sample = self._sample(stage, operand)
             if sample is not None and len(candidates) > stage.keep:
-                _, groups = self._evaluate(sample, operand, candidates)
-                candidates = self._best(candidates, groups, stage.keep, current)
-                if turn >= self._settled[operand]:
+                groups = self._evaluate(sample, operand, candidates)
+                candidates = self._best(candidates, groups, stage.keep, stage.far, current)
+                if turn >= self._settled[operand]:  # what the first stage leaves
                     self._survivors.setdefault(operand, candidates)
+        if turn >= self._settled[operand]:
+            self._survivors.setdefault(operand, candidates)
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])
-        candidates = candidates.sort(0).values
-        losses, groups = self._evaluate(self._finals, operand, candidates)
-        if turn >= self._settled[operand]:
-            best = self._best(candidates, groups, schedule[0].keep, current)
-            self._survivors.setdefault(operand, best)
-        return self._choose(operand, candidates, losses, groups)
+        # The start scales, the last row, may be a group's choice still.
+        which = torch.zeros(len(self._candidates(operand)) + 1, *current.shape, dtype=torch.bool)
+        which = which.to(current.device).scatter_(0, candidates, True)
+        return self._compared(operand, which)
 
     def _certain(self, operand: str, turn: int) -> Tensor:
         """The best candidate of every group (see `elimination`); round `turn`, from 0."""
@@ -295,7 +295,8 @@ class _Search:
         quantizer = problem.quantizers[operand]
         assert quantizer is not None
         count, columns = which.sum(0).flatten(), problem.output.shape[3]
-        if len(count) != columns or columns == 1 or quantizer.grouping.blocks:
+        apart = quantizer.grouping.blocks == 0 and not is_angle(problem.metric)
+        if len(count) != columns or columns == 1 or not apart:
             yield problem, None
             return
         problem.fixed("a", self.index["a"])  # once for all parts
@@ -308,9 +309,14 @@ class _Search:
                 yield problem.of_columns(chosen), chosen
 
     @staticmethod
-    def _best(candidates: Tensor, groups: Tensor, keep: int, current: Tensor) -> Tensor:
-        """The best of every group; one without a gradient on the sample keeps its choice."""
-        best = candidates.gather(0, groups.argsort(dim=0, stable=True)[:keep])
+    def _best(candidates: Tensor, groups: Tensor, keep: int, far: float, current: Tensor) -> Tensor:
+        """The best of every group, those that lose far more replaced by the very best.
+
+        A group without a gradient on the sample keeps its choice.
+        """
+        order = groups.argsort(dim=0, stable=True)[:keep]
+        best, losses = candidates.gather(0, order), groups.gather(0, order)
+        best = torch.where(losses > far * losses[0], best[0], best)
         return torch.where(_indifferent(candidates, groups), current, best)
 
     def _schedule(self, operand: str) -> tuple[Stage, ...]:
@@ -327,28 +333,42 @@ class _Search:
         rows = torch.arange(quantizer.n, device=current.device).view(-1, *[1] * current.dim())
         return rows.expand(-1, *current.shape)
 
-    def _choose(self, operand: str, candidates: Tensor, losses: Tensor, groups: Tensor) -> Tensor:
-        """The first best candidate; groups for which all are equal keep their choice."""
+    def _compared(self, operand: str, which: Tensor) -> Tensor:
+        """The first best of candidates `which`, ``[n, *group shape]``, on (nearly) all rows.
+
+        Groups for which all are equal keep their choice.
+        """
         current = self.index[operand]
         assert current is not None
-        best = groups.argmin(0, keepdim=True)
-        choice = candidates.gather(0, best)[0]
-        choice = torch.where(_indifferent(candidates, groups), current, choice)
+        known = self._losses.get(self._key(self._finals, operand, current))
+        its = (
+            torch.arange(len(which), device=which.device).view(-1, *[1] * current.dim()) == current
+        )
+        if known is None:
+            losses = self._losses_of(self._finals, operand, which)
+        elif (which & ~its).any():
+            losses = self._losses_of(self._finals, operand, which & ~its)
+            losses = torch.where((which & its).expand_as(losses), known[None], losses)
+        else:
+            return current
+        totals = self._summed(operand, losses).masked_fill(~which, torch.inf)
+        if which.all():
+            self.curves[operand] = totals.flatten(1).sum(1).tolist()
+        equal = totals.masked_fill(~which, -torch.inf).amax(0) <= totals.amin(0)
+        choice = torch.where(equal & (which.sum(0) > 1), current, totals.argmin(0))
         # Groups do not interact: the loss of the mixed choice is known without evaluating it.
-        mixed = losses.gather(0, best.expand(1, *losses.shape[1:]))[0]
-        self._losses.setdefault(self._key(self._finals, operand, choice), mixed)
+        at = choice.clamp_max(len(which) - 1).expand(losses.shape[1:])[None]
+        self._losses[self._key(self._finals, operand, choice)] = losses.gather(0, at)[0]
         return choice
 
-    def _evaluate(
-        self, problem: Problem, operand: str, candidates: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Losses of candidates, per head and column and summed per group, stacked."""
+    def _evaluate(self, problem: Problem, operand: str, candidates: Tensor) -> Tensor:
+        """Losses of candidates per group, stacked."""
         losses = torch.stack([self._loss(problem, operand, c) for c in candidates])
         quantizer = problem.quantizers[operand]
         assert quantizer is not None
         if len(candidates) == quantizer.n and torch.equal(candidates, self._candidates(operand)):
             self.curves[operand] = losses.flatten(1).sum(1).tolist()
-        return losses, torch.stack([quantizer.grouping.sum(x) for x in losses])
+        return torch.stack([quantizer.grouping.sum(x) for x in losses])
 
     def _loss(self, problem: Problem, operand: str, index: Tensor) -> Tensor:
         """Loss at `index` of `operand` and the current choice of the other; remembered."""
