@@ -4,22 +4,25 @@ A *round* searches one operand with the other fixed, then the other way round. E
 head, output channel, row block) takes its own best candidate; the groups of one operand do not
 interact, so candidate i is evaluated for all of them in one pass.
 
-`exhaustive` evaluates every candidate on all data. `fast` is successive halving: all candidates on
-a small sample of rows, the best few of every group on a larger one, the last survivors on the rows
-that decide (`SCHEDULE`). For an error metric, a row is drawn with a probability proportional to its
-share of the gradient's energy and of the loss at the start scales and at two clipping ones. Both
-are very uneven, and differ between output columns (those of q, k, v; of each head), so that a
-weight's columns draw their own rows in blocks of up to 32. As uneven are the rows that decide:
-often a class token's row carries nearly everything. The largest are taken and a sample of the
-others, so many that the loss of every head or few columns is known to `SURE`; where rows weigh
-alike, those are all rows.
+`exhaustive` evaluates every candidate on all data. `fast` looks first how unevenly the rows matter:
+by the gradient's energy on them, and by what is lost on them at the start scales and at two
+clipping ones.
+
+- Few rows carry nearly everything (`AHEAD`; often a class token's): what a candidate loses on these
+  rows alone rules most candidates out, for certain (see `elimination`).
+- Otherwise, successive halving (`SCHEDULE`): all candidates on a small sample of rows, the best of
+  every group on a larger one, the last survivors on all rows. A row is drawn with a probability
+  proportional to its share, which differs between output columns (those of q, k, v), so that a
+  weight's columns draw their own rows in blocks of up to 32.
+- Products of attention: the same, but survivors are compared on the largest rows and a sample of
+  the others, so many that the loss of every head is known to `SURE`.
 
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
 evaluated twice; an operand is not searched again while the other's choice stands; from the second
 round on survivors are compared together with the current choice, so that with an error metric the
 objective on the rows compared never rises; objectives that are reported are of all rows. Heuristic,
 in `fast` only: a candidate that loses on a sample is dropped, survivors are compared up to `SURE`,
-and later searches of an operand try what survived an earlier one.
+and later searches of an operand try what survived an earlier one (`HOPELESS`).
 """
 
 import math
@@ -50,11 +53,11 @@ class Stage:
 #: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows. An operand's
 #: search begins with all candidates until the other's scale has been searched once; from then on
 #: with those that survived the first stage then.
-SCHEDULE = (Stage(1 / 64, 128, 32), Stage(1 / 12, 512, 8, 1.3))
+SCHEDULE = (Stage(1 / 64, 128, 32), Stage(1 / 12, 512, 6, 1.15))
 #: The same for products of attention: whole images are drawn there, which says less.
 BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 8))
 #: The same for an operand with one scale, whose loss is a smooth curve.
-SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 4, 1.1))
+SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 4, 1.03))
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
@@ -67,6 +70,9 @@ AHEAD = 0.1
 #: operand at another scale, which changes the root of a loss by no more than the root of that
 #: operand's own share of it: about as much as the best candidate's whole loss.
 HOPELESS = 16.0
+#: Columns with so many candidates are evaluated with those alone that have as many; beyond, with
+#: those up to the next power of two.
+ALONE = 8
 #: Relative standard error up to which `fast` lets rows stand for all when it compares survivors.
 SURE = 1e-3
 
@@ -122,6 +128,7 @@ class _Search:
         self._rows: list[Tensor] | None = None
         self._finals = problem  #: on what the last survivors are compared
         self._pieces: list[Problem] = []  #: of rows sorted by what is lost on them
+        self._weighed = torch.ones(1)  #: positive where a head and column has a gradient
         #: Of the present choice, its losses on every piece.
         self._known: tuple[tuple, Tensor] | None = None
         self._survivors: dict[str, Tensor] = {}
@@ -179,6 +186,11 @@ class _Search:
         if not self.reduce(torch.tensor(refused, device=size.device)) > 0:
             self.problem = self._finals = self.problem.of_rows(size.argsort(descending=True))
             self._pieces = [self.problem.of_rows(part) for part in elimination.pieces(len(size))]
+            weight = self.problem.weight
+            if weight is None:
+                self._weighed = torch.ones_like(self.problem.output[:, :, :1])
+            else:
+                self._weighed = self.reduce(weight.amax(2, keepdim=True))
 
     def objective(self) -> float:
         """The op's loss at the current choice, on all data."""
@@ -223,7 +235,7 @@ class _Search:
         current = self.index[operand]
         assert current is not None
         candidates = self._candidates(operand)
-        weighed = self._summed(operand, self._energy()[None]) > 0
+        weighed = self._summed(operand, self._weighed[None]) > 0
         alive = self._survivors.get(operand, torch.ones_like(candidates, dtype=torch.bool))
         alive = (alive | (candidates == current)) & weighed
         if not alive.any():
@@ -246,13 +258,6 @@ class _Search:
         key = self._key(self.problem, operand, choice)
         self._known, self._losses[key] = (key, losses), losses.sum(0)
         return choice
-
-    def _energy(self) -> Tensor:
-        """What every head and column weighs, ``[1, H, 1, O]``."""
-        weight = self.problem.weight
-        if weight is None:
-            return torch.ones_like(self.problem.output[:, :, :1])
-        return self.reduce(weight.square().sum(2, keepdim=True, dtype=torch.float64))
 
     def _summed(self, operand: str, losses: Tensor) -> Tensor:
         """Losses ``[n, 1, H, 1, 1 or O]`` per group, ``[n, *group shape]``."""
@@ -300,9 +305,9 @@ class _Search:
             yield problem, None
             return
         problem.fixed("a", self.index["a"])  # once for all parts
-        size = count.clamp_min(1).double().log2().ceil()
+        size = torch.where(count > ALONE, 2 ** count.clamp_min(1).log2().ceil(), count)
         for value in size[count > 0].unique():
-            chosen = ((size == value) & (count > 0)).nonzero()[:, 0]
+            chosen = (size == value).nonzero()[:, 0]
             if len(chosen) == columns:
                 yield problem, None
             else:
