@@ -115,3 +115,13 @@ def test_numerator_state_and_gradient():
     module(p).sum().backward()
     assert torch.equal(p.grad, torch.ones_like(p))
     assert module(torch.zeros(1, 3, 2, 2)).abs().max() == 0
+
+
+def test_some_columns_are_quantized_as_in_the_whole():
+    x = torch.randn(1, 1, 9, 6, generator=torch.Generator().manual_seed(0)) + torch.arange(6)
+    quantizer = Asymmetric(4, Grouping((1, 1, 1, 6)))
+    quantizer.observe(x)
+    columns, index = torch.tensor([0, 3, 5]), torch.tensor([3, 50, 7, 90, 2, 11]).view(1, 1, 1, 6)
+    part = quantizer.of_columns(columns)
+    found = part.fake_quantize(x[..., columns], index[..., columns])
+    assert torch.equal(found, quantizer.fake_quantize(x, index)[..., columns])
