@@ -335,6 +335,8 @@ def test_fast_chooses_what_exhaustive_chooses_where_few_rows_matter(kind, bits):
     assert torch.equal(fast.a_index, best.a_index) and torch.equal(fast.b_index, best.b_index)
     assert fast.after == pytest.approx(best.after, rel=1e-5)
     assert fast.evaluations < best.evaluations / 4
+    assert {name: len(curve) for name, curve in fast.curves.items()} == {"a": a.n, "b": b.n}
+    assert all(0 < min(fast.curves[name]) < max(fast.curves[name]) for name in "ab")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

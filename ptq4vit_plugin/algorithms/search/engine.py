@@ -91,7 +91,7 @@ class SearchResult:
         Evaluations made, in units of one candidate on all data (dropped rows cost nothing).
     curves
         By operand, the objective over all candidates as it was last evaluated: on all data, or in
-        `fast` on the first stage's sample.
+        `fast` on the rows that it looks at first.
     """
 
     a_index: Tensor | None
@@ -245,7 +245,7 @@ class _Search:
             known = (candidates == current) & alive, self._known[1]
         choice, bounds, losses = elimination.best_candidates(
             len(self._pieces),
-            lambda piece, which: self._losses_of(self._pieces[piece], operand, which),
+            lambda piece, which: self._on_piece(piece, operand, which),
             lambda losses: self._summed(operand, losses),
             alive,
             known,
@@ -258,6 +258,12 @@ class _Search:
         key = self._key(self.problem, operand, choice)
         self._known, self._losses[key] = (key, losses), losses.sum(0)
         return choice
+
+    def _on_piece(self, piece: int, operand: str, which: Tensor) -> Tensor:
+        losses = self._losses_of(self._pieces[piece], operand, which)
+        if piece == 0 and operand not in self._survivors:  # all candidates
+            self.curves[operand] = losses.flatten(1).sum(1).tolist()
+        return losses
 
     def _summed(self, operand: str, losses: Tensor) -> Tensor:
         """Losses ``[n, 1, H, 1, 1 or O]`` per group, ``[n, *group shape]``."""
