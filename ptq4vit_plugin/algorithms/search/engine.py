@@ -363,8 +363,9 @@ class _Search:
         else:
             return current
         totals = self._summed(operand, losses).masked_fill(~which, torch.inf)
-        if which.all():
-            self.curves[operand] = totals.flatten(1).sum(1).tolist()
+        every = len(self._candidates(operand))
+        if which[:every].all():
+            self.curves[operand] = totals[:every].flatten(1).sum(1).tolist()
         equal = totals.masked_fill(~which, -torch.inf).amax(0) <= totals.amin(0)
         choice = torch.where(equal & (which.sum(0) > 1), current, totals.argmin(0))
         # Groups do not interact: the loss of the mixed choice is known without evaluating it.
