@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4vit_plugin.integrations.openvino import EXACT
+from ptq4vit_plugin.integrations.qdq import QDQGrid
+from ptq4vit_plugin.quantizers.branches import Branch
 
 BITS_TOP = 127  #: the largest code of a range of an 8-bit twin
 FINE = 2.0**-6 / BITS_TOP  #: softmax: step of the lower range, which ends at 2^-6
@@ -53,8 +55,8 @@ class Attention(nn.Module):
         limits, zero = (UNSIGNED, 128) if self.moved else (SIGNED, 0)
         value = fq(value, VALUE, limits, zero)
         if self.form is numerator:
-            above = torch.exp(scores - scores.amax(-1, keepdim=True))
-            return fq(above, 1 / 255, UNSIGNED) @ value / above.sum(-1, keepdim=True)
+            codes, total = numerator(scores)
+            return codes @ value / total
         terms = self.form(scores.softmax(-1))
         return added([(term @ value) for term in terms], scores.shape[-2])
 
@@ -85,9 +87,16 @@ def added(parts: list[Tensor], rows: int) -> Tensor:
     return upper * steps[0] + lower * steps[1]
 
 
-def numerator(p: Tensor) -> list[Tensor]:
-    """exp(s - max s) as codes, divided by the sum after the product; see `Attention`."""
-    raise NotImplementedError("it takes scores")
+def numerator(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(s - max s) as codes, and the sum by which the product is divided."""
+    above = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return fq(above, 1 / 255, UNSIGNED), above.sum(-1, keepdim=True)
+
+
+def written(*branches: Branch) -> Callable[[Tensor], list[Tensor]]:
+    """The form that the exporters write for a twin's two grids."""
+    grids = [QDQGrid(branch, False, False, False, False) for branch in branches]
+    return lambda x: [grid(x)[0] for grid in grids]
 
 
 def uniform_softmax(p: Tensor) -> list[Tensor]:
@@ -103,10 +112,6 @@ def mask_multiplied(p: Tensor) -> list[Tensor]:
 def lower(p: Tensor) -> Tensor:
     """Numbers between the lower range's top level and the border belong to that level."""
     return p.clamp(max=FINE * BITS_TOP)
-
-
-def lower_range_first(p: Tensor) -> list[Tensor]:
-    return mask_multiplied(p)[::-1]
 
 
 def two_masks(p: Tensor) -> list[Tensor]:
@@ -142,10 +147,6 @@ def relu_and_minimum(x: Tensor) -> list[Tensor]:
     return [fq(x.relu(), ABOVE, SIGNED), fq(x.clamp(max=0), BELOW, SIGNED)]
 
 
-def minimum_first(x: Tensor) -> list[Tensor]:
-    return clamps_in_ranges(x)[::-1]
-
-
 def masks_behind_gelu(x: Tensor) -> list[Tensor]:
     high = x * (x > 0).to(x.dtype)
     return [fq(high, ABOVE, SIGNED), fq(x - high, BELOW, SIGNED)]
@@ -157,9 +158,13 @@ def stacked_gelu(x: Tensor) -> list[Tensor]:
     return [fq(codes, 1.0, SIGNED)]
 
 
+TOP = torch.tensor(SPLIT)
 SOFTMAX = {
-    "a mask, multiplied (written by the exporters)": mask_multiplied,
-    "lower range first": lower_range_first,
+    "a mask, multiplied (written by the exporters)": written(
+        Branch(torch.tensor([FINE]), 0, BITS_TOP, TOP, "low"),
+        Branch(torch.tensor([COARSE]), 0, BITS_TOP, TOP, "high", bounded=True),
+    ),
+    "upper range first": mask_multiplied,
     "two masks": two_masks,
     "where instead of masks": selected,
     "one product of twice the rows": stacked_softmax,
@@ -167,8 +172,10 @@ SOFTMAX = {
     "uniform": uniform_softmax,
 }
 GELU = {
-    "clamps in the ranges (written by the exporters)": clamps_in_ranges,
-    "lower range first": minimum_first,
+    "clamps in the ranges (written by the exporters)": written(
+        Branch(torch.tensor([BELOW]), -128, 0), Branch(torch.tensor([ABOVE]), 0, BITS_TOP)
+    ),
+    "upper range first": clamps_in_ranges,
     "relu and minimum, both signed": relu_and_minimum,
     "a mask, multiplied": masks_behind_gelu,
     "one product of twice the rows": stacked_gelu,
