@@ -124,7 +124,7 @@ def accumulators(
         codes = branch.codes(left)
         if isinstance(module, WeightedOp):
             rows = codes.reshape(-1, codes.shape[-1])[:ROWS]
-            yield module.accumulate(rows), rows.long() @ module.codes.long().t()
+            yield module.accumulators(rows, branch.lowest), rows.long() @ module.codes.long().t()
             continue
         for other in module.right.branches:
             factor = other.codes(right)[:1]

@@ -48,8 +48,10 @@ SMOKE = Recipe(
 )
 SHORT = {"metric": "mse", "search_range": {"n": 2}, "rounds": 1}
 PROPER = {"search_range": {"n": 40}, "rounds": 1}
+UNIFORM = {"softmax": False, "gelu": False}
 PLANS = {
-    "uniform": {"algorithm": "ptq4vit", "twin": {"softmax": False, "gelu": False}},
+    "uniform": {"algorithm": "ptq4vit", "twin": UNIFORM},
+    "uniform, weights 7": {"algorithm": "ptq4vit", "twin": UNIFORM, "weights": {"bits": 7}},
     "auto": {"algorithm": "ptq4vit", "twin": {"softmax": "auto", "gelu": "auto"}},
     "full twin": {"algorithm": "ptq4vit"},
     "ptq4vit_plus": {"algorithm": "ptq4vit_plus"},

@@ -17,6 +17,7 @@ from ptq4vit_plugin.integrations.integer import product
 from ptq4vit_plugin.integrations.integer.checkpoint import pack, unpack
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
 from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
+from ptq4vit_plugin.integrations.integer.pairs import has_exact_pairs, pairs_fit
 from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.branches import Branch, branches_of, packed_codes
@@ -100,20 +101,59 @@ def test_whole_model_is_close_to_the_simulation(family, bits, quantized, batch, 
     assert report.files == {"model.safetensors": (tmp_path / "model.safetensors").stat().st_size}
 
 
-@pytest.mark.parametrize("hardware", [False, True])
+@pytest.mark.parametrize("way", ["dot", "pairs", "float"])
 @pytest.mark.parametrize(
     ("inner", "lowest", "highest"),
-    [(64, -128, 127), (1040, -128, 127), (3072, 0, 255), (5000, -128, 127), (700, -100, 155)],
+    [
+        (64, -128, 127),
+        (1040, -128, 127),
+        (3072, 0, 255),
+        (5000, -128, 127),
+        (701, -100, 155),
+        (386, -128, 0),
+        (386, 0, 127),
+        (30, 0, 15),
+    ],
 )
-def test_products_are_those_of_int64(inner, lowest, highest, hardware, monkeypatch):
-    monkeypatch.setattr(product, "has_int8_dot", lambda device: hardware)
+def test_products_are_those_of_int64(inner, lowest, highest, way, monkeypatch):
+    if way == "pairs" and not has_exact_pairs(torch.device("cpu")):
+        pytest.skip("this CPU does not add pairs of 8-bit products in 16 bits")
+    monkeypatch.setattr(product, "has_int8_dot", lambda device: way == "dot")
+    monkeypatch.setattr(product, "has_exact_pairs", lambda device: way == "pairs")
     generator = torch.Generator().manual_seed(inner)
-    weight = torch.randint(-128, 128, (12, inner), generator=generator, dtype=torch.int8)
-    weight[0], weight[1] = -128, 127
+    most = 64 if way == "pairs" and highest - lowest > 128 else 128
+    weight = torch.randint(-most, most, (12, inner), generator=generator, dtype=torch.int8)
+    weight[0], weight[1] = -most, most - 1
     x = torch.randint(lowest, highest + 1, (7, inner), generator=generator).float()
     x[0], x[1] = lowest, highest
-    out = product.WeightProduct(weight, lowest, highest)(x)
-    assert torch.equal(out.long(), x.long() @ weight.long().t())
+    made = product.weight_product(weight, [(lowest, highest), (0, 1)])
+    kind = {"dot": "DotProduct", "pairs": "BytesProduct", "float": "FloatProduct"}[way]
+    assert type(made).__name__ == kind
+    exact = x.long() @ weight.long().t()
+    assert torch.equal(made.accumulators(x, lowest).long(), exact)
+    scale, bias = torch.rand(2, 12, generator=generator)
+    # Three roundings of float32: the accumulator's, the product's and the sum's.
+    expected = exact * scale.double() + bias.double()
+    rescaled = made.rescaled(x, lowest, scale, bias).double()
+    torch.testing.assert_close(rescaled, expected, rtol=3 * 2**-24, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weight", "span", "fits"),
+    [
+        ([127, 1], 255, True),
+        ([127, 2], 255, False),
+        ([127, -128], 255, True),
+        ([-128, -1], 255, False),
+        ([1, 127, 127, 1], 255, True),
+        ([1, 127, 127], 255, True),
+        ([-128, -128], 128, True),
+        ([127, 127], 129, True),
+        ([127, 127], 130, False),
+    ],
+)
+def test_which_pairs_fit_into_16_bits(weight, span, fits):
+    assert pairs_fit(torch.tensor([[0] * len(weight), weight], dtype=torch.int8), span) is fits
 
 
 @pytest.mark.parametrize("inner", [197, 2000])

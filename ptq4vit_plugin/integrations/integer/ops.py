@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4vit_plugin.integrations.integer.product import WeightProduct, batched_product
+from ptq4vit_plugin.integrations.integer.product import (
+    WeightProduct,
+    accumulator_bound,
+    batched_product,
+    weight_product,
+)
 from ptq4vit_plugin.integrations.lowering import factors
 from ptq4vit_plugin.quantizers.branches import Branch, packed_codes, row_peak
 
@@ -46,15 +52,14 @@ class Grids(nn.Module):
         ]
 
     @property
-    def range(self) -> tuple[int, int]:
-        """Smallest and largest code."""
-        return min(f["lowest"] for f in self.fields), max(f["highest"] for f in self.fields)
+    def ranges(self) -> list[tuple[int, int]]:
+        """Smallest and largest code of every branch."""
+        return [(f["lowest"], f["highest"]) for f in self.fields]
 
     @property
     def largest(self) -> int:
         """Largest magnitude of a code."""
-        lowest, highest = self.range
-        return max(-lowest, highest)
+        return max(max(-lowest, highest) for lowest, highest in self.ranges)
 
     @property
     def per_row(self) -> bool:
@@ -132,7 +137,8 @@ class WeightedOp(IntegerOp):
         super().__init__(left)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.detach().reshape(-1).clone())
-        self._product: list[WeightProduct] = []
+        self._products: list[WeightProduct] = []
+        self._device: torch.device | None = None
 
     def weight(self) -> Tensor:
         """The quantized weight as numbers."""
@@ -141,24 +147,30 @@ class WeightedOp(IntegerOp):
     def input_codes(self, left: Tensor, right: Tensor) -> dict[int, Tensor]:
         return {0: packed_codes(self.left.branches, left.float())} if self.left else {}
 
-    def products(self) -> list[WeightProduct]:
-        """The prepared weight, one matrix per group of a convolution."""
-        if not self._product or self._product[0].device != self.codes.device:
-            matrices = self.codes.flatten(1).tensor_split(self.groups)
-            self._product = [WeightProduct(matrix, *self.left.range) for matrix in matrices]
-        return self._product
-
     groups = 1
 
-    def accumulate(self, codes: Tensor) -> Tensor:
-        """Integer accumulators ``[N, O]`` of the codes ``[N, groups * I]`` of one branch."""
-        products = self.products()
-        parts = codes.tensor_split(len(products), dim=1) if len(products) > 1 else [codes]
-        sums = [product(part) for product, part in zip(products, parts, strict=True)]
-        return sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+    def products(self) -> list[WeightProduct]:
+        """The prepared weight, one matrix per group of a convolution."""
+        if not self._products or self._device != self.codes.device:
+            matrices = self.codes.flatten(1).tensor_split(self.groups)
+            self._products = [weight_product(matrix, self.left.ranges) for matrix in matrices]
+            self._device = self.codes.device
+        return self._products
 
-    def rescaled(self, rows: Callable[[Tensor], Tensor], left: Tensor) -> Tensor:
-        """The product of ``left`` and the weight, ``[N, O]`` without the bias.
+    @cached_property
+    def bound(self) -> int:
+        """Largest magnitude that an accumulator of one grid can have."""
+        return accumulator_bound(self.codes.flatten(1), self.left.ranges)
+
+    def accumulators(self, codes: Tensor, lowest: int) -> Tensor:
+        """Integer accumulators ``[N, O]`` of one grid's codes ``[N, groups * I]``."""
+        parts = zip(self.products(), codes.tensor_split(self.groups, dim=1), strict=True)
+        return torch.cat([product.accumulators(part, lowest) for product, part in parts], 1)
+
+    def rescaled(
+        self, rows: Callable[[Tensor], Tensor], left: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The product of ``left`` and the weight plus `bias`, ``[N, O]``.
 
         Parameters
         ----------
@@ -166,15 +178,21 @@ class WeightedOp(IntegerOp):
             Makes the matrix ``[N, groups * I]`` of what has the shape of ``left``.
         """
         branches = self.left.branches
-        sums = [self.accumulate(rows(branch.codes(left))) for branch in branches]
+        scales = [(b.scale.reshape(-1) * self.scale).expand(len(self.codes)) for b in branches]
         shift = self.left.shift()
-        if shift is not None and self.products()[0].bound * (1 + 2**shift) < INT32:
+        if shift is not None and self.bound * (1 + 2**shift) < INT32:
             # The paper's accumulation: one range's sums are shifted to the step of the other.
-            total = sums[0].to(torch.int32) + (sums[1].to(torch.int32) << shift)
-            return total * (branches[0].scale * self.scale)
-        total = sums[0] * (branches[0].scale * self.scale)
-        for part, branch in zip(sums[1:], branches[1:], strict=True):
-            total += part * (branch.scale * self.scale)
+            sums = [self.accumulators(rows(b.codes(left)), b.lowest) for b in branches]
+            total = (sums[0].to(torch.int32) + (sums[1].to(torch.int32) << shift)) * scales[0]
+            return total if bias is None else total.add_(bias)
+        total = None
+        for branch, scale in zip(branches, scales, strict=True):
+            codes = rows(branch.codes(left)).tensor_split(self.groups, dim=1)
+            added = [None] * self.groups if bias is None else bias.tensor_split(self.groups)
+            calls = zip(self.products(), codes, scale.tensor_split(self.groups), added, strict=True)
+            parts = [product.rescaled(c, branch.lowest, s, b) for product, c, s, b in calls]
+            part = parts[0] if self.groups == 1 else torch.cat(parts, 1)
+            total, bias = part if total is None else total.add_(part), None
         return total
 
 
@@ -184,10 +202,9 @@ class IntegerLinear(WeightedOp):
     def compute(self, function, left, right, rest, named):
         if self.left is None:
             return function(left, self.weight(), *rest, **named)
-        out = self.rescaled(lambda codes: codes.reshape(-1, codes.shape[-1]), left)
         bias = rest[0] if rest else named.get("bias")
-        if bias is not None:
-            out += bias
+        bias = None if bias is None else bias.float()
+        out = self.rescaled(lambda codes: codes.reshape(-1, codes.shape[-1]), left, bias)
         return out.reshape(*left.shape[:-1], -1)
 
 
@@ -201,7 +218,7 @@ class IntegerConv2d(WeightedOp):
         call = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
         call |= dict(zip(names, rest, strict=False)) | named
         if call["groups"] != self.groups:
-            self.groups, self._product = call["groups"], []
+            self.groups, self._products = call["groups"], []
         kernel = self.codes.shape[2:]
         dilation, stride = _pair(call["dilation"]), _pair(call["stride"])
         left = F.pad(left, _padding(call["padding"], kernel, dilation))
@@ -213,9 +230,8 @@ class IntegerConv2d(WeightedOp):
             patches = F.unfold(codes, kernel, dilation=dilation, stride=stride)
             return patches.transpose(1, 2).flatten(0, 1)
 
-        out = self.rescaled(rows, left)
-        if call.get("bias") is not None:
-            out += call["bias"]
+        bias = call.get("bias")
+        out = self.rescaled(rows, left, None if bias is None else bias.float())
         return out.reshape(len(left), -1, out.shape[-1]).transpose(1, 2).unflatten(2, size)
 
 

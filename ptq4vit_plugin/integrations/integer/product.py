@@ -2,61 +2,114 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ptq4vit_plugin.algorithms.search.gemm import int_matmul
 from ptq4vit_plugin.integrations.device import has_int8_dot
+from ptq4vit_plugin.integrations.integer.pairs import PairedLinear, has_exact_pairs, pairs_fit
 
 # Integers up to here, and all partial sums that stay below, are exact in float32 in any order.
 EXACT = 2**24
+# Base of the digits of codes whose accumulators would not be.
+DIGIT = 16
 
 
-class WeightProduct:
-    """Products of activation codes with one fixed matrix of weight codes.
-
-    With int8 dot products in hardware the product is `torch._int_mm` into int32; elsewhere a
-    float32 GEMM over stretches of the inner dimension so short that every partial sum is exact.
+def weight_product(weight: Tensor, ranges: Sequence[tuple[int, int]]) -> WeightProduct:
+    """The fastest exact product of activation codes with one fixed matrix of weight codes.
 
     Parameters
     ----------
     weight
         int8 codes ``[O, I]``.
-    lowest, highest
-        Smallest and largest activation code.
+    ranges
+        Smallest and largest activation code, of every grid that is multiplied with the weight.
     """
+    if has_int8_dot(weight.device):
+        return DotProduct(weight)
+    bound = accumulator_bound(weight, ranges)
+    span = max(high - low for low, high in ranges)
+    if has_exact_pairs(weight.device) and pairs_fit(weight, span) and bound < DIGIT * EXACT:
+        return BytesProduct(weight, span, bound < EXACT)
+    return FloatProduct(weight, ranges)
 
-    def __init__(self, weight: Tensor, lowest: int, highest: int) -> None:
-        largest = max(-lowest, highest)
-        self.device = weight.device
-        # Moves codes into int8's range.
-        self.offset = 0 if lowest >= -128 and highest <= 127 else lowest + 128
-        self.bound = int(weight.long().abs().sum(1).max()) * largest
-        self.integer = has_int8_dot(weight.device)
-        if self.integer:
-            self.matrix = weight.t().contiguous()
-            self.column_sums = weight.sum(1, dtype=torch.int32)
-        else:
-            stretches = -(-self.bound // EXACT)
-            while True:
-                parts = weight.tensor_split(stretches, dim=1)
-                if all(int(p.long().abs().sum(1).max()) * largest < EXACT for p in parts):
-                    break
-                stretches += 1
-            self.parts = [part.t().float() for part in parts]
 
-    def __call__(self, codes: Tensor) -> Tensor:
-        """Accumulators ``[N, O]`` of integer-valued float32 codes ``[N, I]``.
+def accumulator_bound(weight: Tensor, ranges: Sequence[tuple[int, int]]) -> int:
+    """Largest magnitude of an accumulator of weight codes ``[O, I]`` and one grid's codes."""
+    return int(weight.long().abs().sum(1).max()) * max(max(-low, high) for low, high in ranges)
 
-        int32, or float32 that holds integers exactly. (Sums of stretches may reach 2^24 and are
-        int32 then.)
+
+class WeightProduct(ABC):
+    """Products of activation codes with one matrix of weight codes ``[O, I]``."""
+
+    @abstractmethod
+    def accumulators(self, codes: Tensor, lowest: int) -> Tensor:
+        """Exact sums ``[N, O]``: int32, or float32 that holds integers exactly.
+
+        Parameters
+        ----------
+        codes
+            ``[N, I]``, integer-valued float32.
+        lowest
+            Smallest code that the grid has.
         """
-        if self.integer:
-            if not self.offset:
-                return int_matmul(codes.to(torch.int8), self.matrix)
-            # The weights' sums make up for what codes are moved by.
-            moved = int_matmul((codes - self.offset).to(torch.int8), self.matrix)
-            return moved.add_(self.column_sums * self.offset)
+
+    def rescaled(self, codes: Tensor, lowest: int, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Accumulators times `scale` plus `bias`, float32; both ``[O]``, or one number."""
+        out = self.accumulators(codes, lowest) * scale
+        return out if bias is None else out.add_(bias)
+
+
+class DotProduct(WeightProduct):
+    """`torch._int_mm` into int32, where int8 dot products are in hardware."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.matrix = weight.t().contiguous()
+        self.sums = weight.sum(1, dtype=torch.int32)
+
+    def accumulators(self, codes: Tensor, lowest: int) -> Tensor:
+        # Codes move into int8's range, and the weights' sums make up for it.
+        offset = lowest + 128
+        moved = int_matmul((codes - offset).to(torch.int8), self.matrix)
+        return moved.add_(self.sums * offset)
+
+
+class BytesProduct(WeightProduct):
+    """oneDNN's linear on bytes, rescaling included, where x86 adds products in pairs."""
+
+    def __init__(self, weight: Tensor, span: int, exact: bool) -> None:
+        self.linear = PairedLinear(weight, span)
+        self.exact = exact
+
+    def accumulators(self, codes: Tensor, lowest: int) -> Tensor:
+        if self.exact:
+            return self.linear(codes, lowest)
+        # The kernel's int32 leave it as float32, so that large ones are added up from digits.
+        high = (codes / DIGIT).trunc_()
+        low = codes - DIGIT * high
+        high, low = (self.linear(digit, lowest).to(torch.int32) for digit in (high, low))
+        return low.add_(high, alpha=DIGIT)
+
+    def rescaled(self, codes: Tensor, lowest: int, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return self.linear(codes, lowest, scale, bias)
+
+
+class FloatProduct(WeightProduct):
+    """float32 products over stretches of the inner dimension in which every sum is exact."""
+
+    def __init__(self, weight: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+        stretches = max(1, -(-accumulator_bound(weight, ranges) // EXACT))
+        while True:
+            parts = weight.tensor_split(stretches, dim=1)
+            if all(accumulator_bound(part, ranges) < EXACT for part in parts):
+                break
+            stretches += 1
+        self.parts = [part.t().float() for part in parts]
+
+    def accumulators(self, codes: Tensor, lowest: int) -> Tensor:
         if len(self.parts) == 1:
             return codes @ self.parts[0]
         widths = [part.shape[0] for part in self.parts]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ptq4vit_plugin.integrations import device as devices
-from ptq4vit_plugin.integrations.integer.product import WeightProduct, batched_product
+from ptq4vit_plugin.integrations.integer.product import batched_product, weight_product
 from ptq4vit_plugin.quantizers.base import Grouping
 from ptq4vit_plugin.quantizers.branches import branches_of
 from ptq4vit_plugin.quantizers.uniform import Uniform
@@ -42,9 +42,10 @@ def check(device: torch.device) -> list[str]:
         simulated = module(x[0, 0])
         different = ((codes * branch.scale - simulated).abs() > branch.scale / 2).sum()
         lines = [_line(int(different) <= 1e-4 * codes.numel(), "simulated = codes * scale")]
-        product = WeightProduct(weight.to(device), -128, 127)
+        product = weight_product(weight.to(device), [(-128, 127)])
         expected = codes.cpu().long() @ weight.long().t()
-        lines.append(_line(torch.equal(product(codes).cpu().long(), expected), "linear = int64"))
+        same = torch.equal(product.accumulators(codes, -128).cpu().long(), expected)
+        lines.append(_line(same, "linear = int64"))
         heads = codes[: ROWS // 8, :64].expand(2, 6, -1, -1)
         expected = heads.cpu().long() @ heads.cpu().long().mT
         same = torch.equal(batched_product(heads, heads.mT, 128 * 128).cpu().long(), expected)
@@ -53,7 +54,7 @@ def check(device: torch.device) -> list[str]:
         times = {
             "fake quantize": _milliseconds(lambda: module(x), device),
             "float32 product": _milliseconds(lambda: x[0, 0] @ plain, device),
-            "integer product": _milliseconds(lambda: product(codes), device),
+            "integer product": _milliseconds(lambda: product.accumulators(codes, -128), device),
         }
     return lines + [f"   {name}: {value:.3f} ms" for name, value in times.items()]
 
