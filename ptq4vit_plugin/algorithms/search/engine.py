@@ -131,7 +131,9 @@ class _Search:
         self._weighed = torch.ones(1)  #: positive where a head and column has a gradient
         #: Of the present choice, its losses on every piece.
         self._known: tuple[tuple, Tensor] | None = None
+        #: What later searches begin with: candidates by halving, which of all by elimination.
         self._survivors: dict[str, Tensor] = {}
+        self._alive: dict[str, Tensor] = {}
         # The round in which an operand first meets a searched scale of the other.
         self._settled = {order[0]: 1, order[1]: 0}
         quantizers = {k: q for k, q in problem.quantizers.items() if q is not None}
@@ -236,7 +238,7 @@ class _Search:
         assert current is not None
         candidates = self._candidates(operand)
         weighed = self._summed(operand, self._weighed[None]) > 0
-        alive = self._survivors.get(operand, torch.ones_like(candidates, dtype=torch.bool))
+        alive = self._alive.get(operand, torch.ones_like(candidates, dtype=torch.bool))
         alive = (alive | (candidates == current)) & weighed
         if not alive.any():
             return current
@@ -252,7 +254,7 @@ class _Search:
         )
         if turn >= self._settled[operand]:
             least = bounds.gather(0, choice[None])
-            self._survivors.setdefault(operand, bounds <= HOPELESS * least)
+            self._alive.setdefault(operand, bounds <= HOPELESS * least)
         # A group without a gradient keeps its choice; what it loses is zero anyway.
         choice = torch.where(weighed[0], choice, current)
         key = self._key(self.problem, operand, choice)
@@ -261,7 +263,7 @@ class _Search:
 
     def _on_piece(self, piece: int, operand: str, which: Tensor) -> Tensor:
         losses = self._losses_of(self._pieces[piece], operand, which)
-        if piece == 0 and operand not in self._survivors:  # all candidates
+        if piece == 0 and operand not in self._alive:  # all candidates
             self.curves[operand] = losses.flatten(1).sum(1).tolist()
         return losses
 
