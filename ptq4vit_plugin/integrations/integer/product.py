@@ -29,7 +29,7 @@ def weight_product(weight: Tensor, ranges: Sequence[tuple[int, int]]) -> WeightP
         Smallest and largest activation code, of every grid that is multiplied with the weight.
     """
     if has_int8_dot(weight.device):
-        return DotProduct(weight)
+        return DotProduct(weight, ranges)
     bound = accumulator_bound(weight, ranges)
     span = max(high - low for low, high in ranges)
     if has_exact_pairs(weight.device) and pairs_fit(weight, span) and bound < DIGIT * EXACT:
@@ -66,11 +66,14 @@ class WeightProduct(ABC):
 class DotProduct(WeightProduct):
     """`torch._int_mm` into int32, where int8 dot products are in hardware."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+        self.fits = all(low >= -128 and high <= 127 for low, high in ranges)
         self.matrix = weight.t().contiguous()
         self.sums = weight.sum(1, dtype=torch.int32)
 
     def accumulators(self, codes: Tensor, lowest: int) -> Tensor:
+        if self.fits:
+            return int_matmul(codes.to(torch.int8), self.matrix)
         # Codes move into int8's range, and the weights' sums make up for it.
         offset = lowest + 128
         moved = int_matmul((codes - offset).to(torch.int8), self.matrix)
