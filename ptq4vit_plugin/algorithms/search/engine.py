@@ -74,7 +74,7 @@ HOPELESS = 16.0
 #: those up to the next power of two.
 ALONE = 8
 #: Relative standard error up to which `fast` lets rows stand for all when it compares survivors.
-SURE = 1e-3
+SURE = 2e-4
 
 
 @dataclass(frozen=True)
