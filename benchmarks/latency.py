@@ -51,7 +51,7 @@ PROPER = {"search_range": {"n": 40}, "rounds": 1}
 UNIFORM = {"softmax": False, "gelu": False}
 PLANS = {
     "uniform": {"algorithm": "ptq4vit", "twin": UNIFORM},
-    "uniform, weights 7": {"algorithm": "ptq4vit", "twin": UNIFORM, "weights": {"bits": 7}},
+    "uniform W7": {"algorithm": "ptq4vit", "twin": UNIFORM, "weights": {"bits": 7}},
     "auto": {"algorithm": "ptq4vit", "twin": {"softmax": "auto", "gelu": "auto"}},
     "full twin": {"algorithm": "ptq4vit"},
     "ptq4vit_plus": {"algorithm": "ptq4vit_plus"},
