@@ -1,5 +1,6 @@
 """The integer model computes what the simulation computes, in integers, and its file is whole."""
 
+import copy
 import json
 
 import pytest
@@ -136,6 +137,13 @@ def test_products_are_those_of_int64(inner, lowest, highest, way, monkeypatch):
     expected = exact * scale.double() + bias.double()
     rescaled = made.rescaled(x, lowest, scale, bias).double()
     torch.testing.assert_close(rescaled, expected, rtol=3 * 2**-24, atol=1e-6)
+
+
+def test_a_model_that_has_run_can_be_copied(quantized, batch):
+    made, x = integer_model(quantized("vit", 6))[0], batch("vit", 4, seed=1)
+    with torch.no_grad():
+        expected = made(x)
+        assert torch.equal(copy.deepcopy(made)(x), expected)
 
 
 @pytest.mark.parametrize(

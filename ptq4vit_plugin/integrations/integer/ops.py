@@ -140,6 +140,10 @@ class WeightedOp(IntegerOp):
         self._products: list[WeightProduct] = []
         self._device: torch.device | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's prepared weights can be neither copied nor saved; a copy prepares its own.
+        return {**self.__dict__, "_products": []}
+
     def weight(self) -> Tensor:
         """The quantized weight as numbers."""
         return self.codes * self.scale.reshape(-1, *[1] * (self.codes.dim() - 1))
