@@ -137,12 +137,11 @@ class WeightedOp(IntegerOp):
         super().__init__(left)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.detach().reshape(-1).clone())
-        self._products: list[WeightProduct] = []
-        self._device: torch.device | None = None
+        self._products: dict[torch.device, list[WeightProduct]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's prepared weights can be neither copied nor saved; a copy prepares its own.
-        return {**self.__dict__, "_products": []}
+        return {**self.__dict__, "_products": {}}
 
     def weight(self) -> Tensor:
         """The quantized weight as numbers."""
@@ -155,11 +154,11 @@ class WeightedOp(IntegerOp):
 
     def products(self) -> list[WeightProduct]:
         """The prepared weight, one matrix per group of a convolution."""
-        if not self._products or self._device != self.codes.device:
+        device = self.codes.device
+        if device not in self._products:
             matrices = self.codes.flatten(1).tensor_split(self.groups)
-            self._products = [weight_product(matrix, self.left.ranges) for matrix in matrices]
-            self._device = self.codes.device
-        return self._products
+            self._products = {device: [weight_product(m, self.left.ranges) for m in matrices]}
+        return self._products[device]
 
     @cached_property
     def bound(self) -> int:
@@ -182,6 +181,7 @@ class WeightedOp(IntegerOp):
             Makes the matrix ``[N, groups * I]`` of what has the shape of ``left``.
         """
         branches = self.left.branches
+        bias = None if bias is None else bias.float()
         scales = [(b.scale.reshape(-1) * self.scale).expand(len(self.codes)) for b in branches]
         shift = self.left.shift()
         if shift is not None and self.bound * (1 + 2**shift) < INT32:
@@ -207,7 +207,6 @@ class IntegerLinear(WeightedOp):
         if self.left is None:
             return function(left, self.weight(), *rest, **named)
         bias = rest[0] if rest else named.get("bias")
-        bias = None if bias is None else bias.float()
         out = self.rescaled(lambda codes: codes.reshape(-1, codes.shape[-1]), left, bias)
         return out.reshape(*left.shape[:-1], -1)
 
@@ -222,7 +221,7 @@ class IntegerConv2d(WeightedOp):
         call = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
         call |= dict(zip(names, rest, strict=False)) | named
         if call["groups"] != self.groups:
-            self.groups, self._products = call["groups"], []
+            self.groups, self._products = call["groups"], {}
         kernel = self.codes.shape[2:]
         dilation, stride = _pair(call["dilation"]), _pair(call["stride"])
         left = F.pad(left, _padding(call["padding"], kernel, dilation))
@@ -234,8 +233,7 @@ class IntegerConv2d(WeightedOp):
             patches = F.unfold(codes, kernel, dilation=dilation, stride=stride)
             return patches.transpose(1, 2).flatten(0, 1)
 
-        bias = call.get("bias")
-        out = self.rescaled(rows, left, None if bias is None else bias.float())
+        out = self.rescaled(rows, left, call.get("bias"))
         return out.reshape(len(left), -1, out.shape[-1]).transpose(1, 2).unflatten(2, size)
 
 

@@ -61,10 +61,10 @@ class PairedLinear:
         lowest
             Smallest code that can occur.
         scale, bias
-            ``[O]`` or one number, and ``[O]``; None: 1 and 0. Accumulators are exact, but leave
+            ``[O]``; None: 1 and 0. Accumulators are exact, but leave
             the kernel as float32, which rounds those above 2^24.
         """
-        scale = self.ones if scale is None else scale.expand_as(self.ones).contiguous()
+        scale = self.ones if scale is None else scale.contiguous()
         return torch.ops.onednn.qlinear_pointwise(
             self.bytes(codes, lowest),
             1.0,

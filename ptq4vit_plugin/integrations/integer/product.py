@@ -58,7 +58,7 @@ class WeightProduct(ABC):
         """
 
     def rescaled(self, codes: Tensor, lowest: int, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Accumulators times `scale` plus `bias`, float32; both ``[O]``, or one number."""
+        """Accumulators times `scale` plus `bias`, float32; both ``[O]``."""
         out = self.accumulators(codes, lowest) * scale
         return out if bias is None else out.add_(bias)
 
