@@ -8,9 +8,10 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -38,13 +39,17 @@ class Exporter(ABC):
     suffix: str
 
     @abstractmethod
-    def write(self, model: nn.Module, path: Path, example: Tensor) -> dict[str, Any]:
+    def write(
+        self, model: nn.Module, path: Path, example: Tensor, dynamic: Sequence[int]
+    ) -> dict[str, Any]:
         """Write a quantized model to ``path``, and further files beside it if there are any.
 
         Parameters
         ----------
         example
-            A batch of images.
+            A batch of images ``[B, C, H, W]``.
+        dynamic
+            Dimensions of the images that may be of any size at run time.
 
         Returns
         -------
@@ -105,6 +110,9 @@ class ExportReport(BaseModel):
     exact_sqnr_db
         The same with the file's quantizers in float arithmetic, which shows what the file means
         where this CPU's 8-bit kernels saturate; None where the runtime has no such mode.
+    image_size
+        ``free``: height and width may be others at run time, as far as the model takes them; else
+        ``fixed: ...`` with the reason.
     facts
         What the exporter says.
     """
@@ -119,6 +127,7 @@ class ExportReport(BaseModel):
     agreement: float
     sqnr_db: float
     exact_sqnr_db: float | None
+    image_size: str
     facts: dict[str, Any]
 
 
@@ -175,18 +184,8 @@ def export(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             part = Path(folder) / path.name
-            facts = exporter.write(model, part, images[0])
-            agreement, sqnr = _compare(exporter.read(part), model, images)
-            in_float = exporter.read_in_float(part)
-            exact = None if in_float is None else _compare(in_float, model, images)[1]
-            # Without int8 dot products the runtime's own kernels say nothing about the file.
-            judged = sqnr if exact is None or has_int8_dot(torch.device("cpu")) else exact
-            if not judged >= min_sqnr:
-                raise ExportError(
-                    f"export: the {format} artefact is {judged:.1f} dB from the simulated model "
-                    f"({agreement:.1f} % the same class), below min_sqnr {min_sqnr:g} dB; nothing "
-                    "was written"
-                )
+            artefact = _Artefact(exporter, format, model, part, min_sqnr)
+            compared, image_size = artefact.write(images)
             files = sorted(Path(folder).iterdir())
             sizes = {file.name: file.stat().st_size for file in files}
             for file in files:
@@ -199,10 +198,11 @@ def export(
         ratio=sum(sizes.values()) / sum(4 * p.numel() for p in _parameters(model)),
         images=sum(map(len, images)),
         random=example_input is None,
-        agreement=agreement,
-        sqnr_db=sqnr,
-        exact_sqnr_db=exact,
-        facts=facts,
+        agreement=compared.agreement,
+        sqnr_db=compared.sqnr,
+        exact_sqnr_db=compared.exact,
+        image_size=image_size,
+        facts=artefact.facts,
     )
 
 
@@ -233,6 +233,92 @@ def _images(model: nn.Module, example_input: Any) -> list[Tensor]:
     if any(len(batch.args) != 1 or batch.kwargs for batch in found):
         raise ModelError("export: only models of one input, the images, can be exported")
     return [batch.args[0].cpu() for batch in found]
+
+
+class _Comparison(NamedTuple):
+    """Agreement in percent, and logit SQNR in dB as the runtime runs the file and in float."""
+
+    agreement: float
+    sqnr: float
+    exact: float | None
+
+
+class _Artefact:
+    """A file in the making: written, loaded fresh and compared with the simulated model."""
+
+    def __init__(
+        self, exporter: Exporter, format: str, model: nn.Module, path: Path, min_sqnr: float
+    ) -> None:
+        self.exporter, self.format, self.model = exporter, format, model
+        self.path, self.min_sqnr = path, min_sqnr
+        self.facts: dict[str, Any] = {}
+
+    def write(self, images: Sequence[Tensor]) -> tuple[_Comparison, str]:
+        """Write it with a free image size if model and runtime allow that, else with a fixed one.
+
+        Raises
+        ------
+        ExportError
+            The file computes something else, or cannot be written.
+        """
+        try:
+            larger, *others = resized(self.model, images[0])
+            self.facts = self.exporter.write(self.model, self.path, larger, (0, 2, 3))
+            compared = self._compared(images)
+            for other in others:
+                self._compared([other])
+            return compared, "free"
+        except Exception as error:  # runtimes' and models' own errors have no common base
+            reason = _in_a_line(error)
+        for file in self.path.parent.iterdir():
+            file.unlink()
+        try:
+            self.facts = self.exporter.write(self.model, self.path, images[0], (0,))
+            return self._compared(images), f"fixed: {reason}"
+        except (PTQ4ViTError, OSError):
+            raise
+        except Exception as error:
+            raise ExportError(f"export: {self.format}: {_in_a_line(error)}") from error
+
+    def _compared(self, images: Sequence[Tensor]) -> _Comparison:
+        agreement, sqnr = _compare(self.exporter.read(self.path), self.model, images)
+        in_float = self.exporter.read_in_float(self.path)
+        exact = None if in_float is None else _compare(in_float, self.model, images)[1]
+        # Without int8 dot products the runtime's own kernels say nothing about the file.
+        judged = sqnr if exact is None or has_int8_dot(torch.device("cpu")) else exact
+        if not judged >= self.min_sqnr:
+            size = "x".join(map(str, images[0].shape[2:]))
+            raise ExportError(
+                f"export: the {self.format} artefact is {judged:.1f} dB from the simulated model "
+                f"on images of {size} ({agreement:.1f} % the same class), below min_sqnr "
+                f"{self.min_sqnr:g} dB; nothing was written"
+            )
+        return _Comparison(agreement, sqnr, exact)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@torch.inference_mode()
+def resized(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Two of the images at twice their size, at twice their height and at twice their width.
+
+    Whatever a size must be a multiple of, twice that size is one too. A model is traced on the
+    first, because at the size that it was made for it skips what it does for others, such as
+    resampling position embeddings.
+
+    Raises
+    ------
+    Exception
+        The model's own: it takes no other size.
+    """
+    some = images[:2]
+    made = [F.interpolate(some, scale_factor=s, mode="bilinear") for s in ((2, 2), (2, 1), (1, 2))]
+    device = next(model.parameters()).device
+    for batch in made:
+        model(batch.to(device))
+    return made
 
 
 @torch.inference_mode()

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.onnx import symbolic_helper
+from torch.overrides import TorchFunctionMode
 
 from ptq4vit_plugin.errors import CheckpointError, ExportError
 from ptq4vit_plugin.exporting import Exporter
@@ -29,7 +31,9 @@ except ImportError as missing:
         f"format 'onnx' needs {missing.name}: pip install 'ptq4vit-plugin[onnx]'"
     ) from missing
 
-OPSET = 17
+OPSET = 18  # the first whose Resize knows antialiasing
+DIMENSIONS = {0: "batch", 2: "height", 3: "width"}
+INT64 = onnx.TensorProto.INT64
 # Products in ONNX Runtime's optimized graph.
 INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "QGemm")
 FLOAT = ("MatMul", "FusedMatMul", "Gemm", "Conv", "FusedConv")
@@ -37,7 +41,7 @@ KEYS = ("ptq4vit_seal", "ptq4vit_preprocessing")
 
 
 class ONNXExporter(Exporter):
-    """One ``.onnx`` file of opset 17 with a dynamic batch; each twin is two QDQ branches.
+    """One ``.onnx`` file of opset 18; each twin is two QDQ branches.
 
     Parameters
     ----------
@@ -52,11 +56,14 @@ class ONNXExporter(Exporter):
     def __init__(self, unsigned: bool = True) -> None:
         self.unsigned = unsigned
 
-    def write(self, model: nn.Module, path: Path, example: Tensor) -> dict[str, Any]:
+    def write(
+        self, model: nn.Module, path: Path, example: Tensor, dynamic: Sequence[int]
+    ) -> dict[str, Any]:
         """Write and check the file; returns the opset and which products run as integers."""
         lowered, found = qdq_model(model, per_tensor=True, unsigned_right=self.unsigned)
-        with warnings.catch_warnings(), torch.no_grad():
-            # The tracer's remarks on Python numbers in a model whose shapes are fixed.
+        with warnings.catch_warnings(), torch.no_grad(), _Repeats():
+            # The tracer's remarks on Python numbers; what it took for constants wrongly shows when
+            # the file is compared at other sizes.
             warnings.simplefilter("ignore")
             try:
                 torch.onnx.export(
@@ -67,7 +74,10 @@ class ONNXExporter(Exporter):
                     opset_version=OPSET,
                     input_names=["images"],
                     output_names=["logits"],
-                    dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+                    dynamic_axes={
+                        "images": {d: DIMENSIONS[d] for d in dynamic},
+                        "logits": {0: DIMENSIONS[0]},
+                    },
                 )
             except torch.onnx.errors.OnnxExporterError as error:
                 detail = " ".join(str(error).split())[:300]
@@ -135,6 +145,50 @@ def _runner(path: Path, level: onnxruntime.GraphOptimizationLevel) -> Callable[[
     except Exception as error:  # its own exceptions have no common base
         raise CheckpointError(f"'{path}': ONNX Runtime cannot read it: {error}") from error
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+class _Repeats(TorchFunctionMode):
+    """``repeat_interleave`` by stacking, whose translation keeps sizes that are not constants.
+
+    timm's rotary embeddings of images of any size repeat with it.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not Tensor.repeat_interleave or len(args) != 3 or not isinstance(args[1], int):
+            return func(*args, **kwargs)
+        x, repeats, dim = args
+        dim %= x.dim()
+        return torch.stack([x] * repeats, dim + 1).flatten(dim, dim + 1)
+
+
+def _resize(g: Any, x: Any, size: Any, align_corners: Any, *scales: Any) -> Any:
+    """PyTorch's antialiased bicubic resampling, for which its exporter has no translation.
+
+    timm resamples position embeddings with it. Its kernel has the parameter -0.5.
+    """
+    empty = g.op("Constant", value_t=torch.tensor([]))
+    if symbolic_helper._is_packed_list(size):
+        ends = [g.op("Cast", end, to_i=INT64) for end in symbolic_helper._unpack_list(size)]
+        one = g.op("Constant", value_t=torch.tensor([1]))
+        size = g.op("Concat", *(g.op("Reshape", end, one) for end in ends), axis_i=0)
+    images = symbolic_helper._slice_helper(g, g.op("Shape", x), axes=[0], starts=[0], ends=[2])
+    return g.op(
+        "Resize",
+        x,
+        empty,
+        empty,
+        g.op("Concat", images, size, axis_i=0),
+        mode_s="cubic",
+        antialias_i=1,
+        cubic_coeff_a_f=-0.5,
+        coordinate_transformation_mode_s="half_pixel",
+    )
+
+
+torch.onnx.register_custom_op_symbolic("aten::_upsample_bicubic2d_aa", _resize, OPSET)
 
 
 def _keep_weights_as_codes(graph: onnx.GraphProto) -> None:

@@ -33,7 +33,7 @@ SECTION = "ptq4vit"
 
 
 class OpenVINOExporter(Exporter):
-    """An ``.xml`` and a ``.bin`` file with a dynamic batch.
+    """An ``.xml`` and a ``.bin`` file.
 
     Parameters
     ----------
@@ -47,7 +47,9 @@ class OpenVINOExporter(Exporter):
     def __init__(self, allow_float: bool = False) -> None:
         self.allow_float = allow_float
 
-    def write(self, model: nn.Module, path: Path, example: Tensor) -> dict[str, Any]:
+    def write(
+        self, model: nn.Module, path: Path, example: Tensor, dynamic: Sequence[int]
+    ) -> dict[str, Any]:
         """Write both files; returns how many products run as integers, and which do not.
 
         Raises
@@ -56,11 +58,11 @@ class OpenVINOExporter(Exporter):
             A product whose operands are quantized runs in float.
         """
         try:
-            made, facts = self._converted(model, example.cpu(), per_tensor=False)
+            made, facts = self._converted(model, example.cpu(), dynamic, per_tensor=False)
         except RuntimeError:
             # Its quantizer has no scales per head where it moves a transpose in front of it. The
             # scales are multiplied outside then: the same numbers.
-            made, facts = self._converted(model, example.cpu(), per_tensor=True)
+            made, facts = self._converted(model, example.cpu(), dynamic, per_tensor=True)
             facts["note"] = "scales per head are multiplied outside; fits: target: openvino"
         made.inputs[0].get_tensor().set_names({"images"})
         made.outputs[0].get_tensor().set_names({"logits"})
@@ -77,16 +79,17 @@ class OpenVINOExporter(Exporter):
         return facts
 
     def _converted(
-        self, model: nn.Module, example: Tensor, per_tensor: bool
+        self, model: nn.Module, example: Tensor, dynamic: Sequence[int], per_tensor: bool
     ) -> tuple[openvino.Model, dict[str, Any]]:
-        """The model with a dynamic batch, and what runs as integers."""
+        """The model with dynamic dimensions, and what runs as integers."""
         lowered, found = qdq_model(model, per_tensor)
         with warnings.catch_warnings(), torch.no_grad():
-            # The tracer's remarks on Python numbers in a model whose shapes are fixed.
+            # The tracer's remarks on Python numbers; what it took for constants wrongly shows when
+            # the file is compared at other sizes.
             warnings.simplefilter("ignore")
             logging.getLogger("openvino").setLevel(logging.ERROR)
             made = openvino.convert_model(lowered, example_input=example)
-        made.reshape([-1, *example.shape[1:]])
+        made.reshape([-1 if d in dynamic else n for d, n in enumerate(example.shape)])
         return made, _precisions(made, found)
 
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:

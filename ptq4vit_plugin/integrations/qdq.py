@@ -158,7 +158,9 @@ class QDQOp(nn.Module):
                     part = part * _product(a_factor, b_factor)
                 out = part if out is None else out + part
                 rest, named = _without_bias(self.kind, rest, named)
-        return out[0] if flat else out
+        # Squeeze, not an index: OpenVINO gives the result of an index behind an integer product the
+        # wrong shape.
+        return out.squeeze(0) if flat else out
 
 
 def _grids(

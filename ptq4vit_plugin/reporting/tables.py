@@ -43,6 +43,7 @@ def export_table(report: ExportReport) -> Table:
     table.add_row("logit SQNR against simulated", f"{report.sqnr_db:.1f} dB")
     if report.exact_sqnr_db is not None:
         table.add_row("the same, in float arithmetic", f"{report.exact_sqnr_db:.1f} dB")
+    table.add_row("image size", report.image_size)
     for name, fact in report.facts.items():
         table.add_row(name.replace("_", " "), str(fact))
     return table

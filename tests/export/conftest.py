@@ -15,6 +15,31 @@ RECIPES = {
         name="vit_tiny_patch16_224",
         args=dict(img_size=32, patch_size=8, depth=2, num_classes=10, embed_dim=64, num_heads=2),
     ),
+    # Two that take images of any size: one resamples position embeddings, one computes rotary ones.
+    "any size": Recipe(
+        name="vit_tiny_patch16_224",
+        args=dict(
+            img_size=32,
+            patch_size=8,
+            depth=1,
+            num_classes=10,
+            embed_dim=64,
+            num_heads=2,
+            dynamic_img_size=True,
+        ),
+    ),
+    "rotary": Recipe(
+        name="eva02_tiny_patch14_224",
+        args=dict(
+            img_size=32,
+            patch_size=8,
+            depth=1,
+            num_classes=10,
+            embed_dim=64,
+            num_heads=2,
+            dynamic_img_size=True,
+        ),
+    ),
     "convit": Recipe(
         name="convit_tiny",
         args=dict(img_size=32, patch_size=8, depth=2, local_up_to_layer=1, num_classes=10),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +115,9 @@ class IntegerExporter(Exporter):
         self.packed = packed
         self._architecture: nn.Module | None = None
 
-    def write(self, model: nn.Module, path: Path, example: Tensor) -> dict[str, Any]:
+    def write(
+        self, model: nn.Module, path: Path, example: Tensor, dynamic: Sequence[int]
+    ) -> dict[str, Any]:
         """Write the file; returns how many ops compute with integers."""
         made, found = integer_model(model)
         entries = []
