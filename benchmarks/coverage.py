@@ -3,6 +3,7 @@
     python benchmarks/coverage.py survey     find the families, and the smallest model of each
     python benchmarks/coverage.py measure    plan, count, quantize, save and load them, one by one
     python benchmarks/coverage.py export     run them in OpenVINO
+    python benchmarks/coverage.py files      write them in every format, and run the files
     python benchmarks/coverage.py write      write the table
 
 A *family* is one of timm's modules (``timm.models.list_modules()``) with a model that multiplies
@@ -70,6 +71,8 @@ SHORT_SEARCH = {"algorithm": "ptq4vit", "search_range": {"alpha": 0.5, "n": 4}, 
 MATCHING_DB = 20
 #: Largest relative difference of float logits that counts as none.
 UNCHANGED = 1e-5
+
+FORMATS = ("integer", "onnx", "openvino")
 
 #: No other precision than the quantizers'.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
@@ -339,6 +342,33 @@ def exported(name: str) -> dict[str, Any]:
     return figures | {"openvino_seconds": time.process_time() - started}
 
 
+def written(name: str) -> dict[str, Any]:
+    """What `export` says of a model in each format, quantized with ``target: openvino``."""
+    started = time.process_time()
+    files: dict[str, Any] = {}
+    model, size, _ = build(name)
+    images = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(1))
+    result = ptq4vit_plugin.quantize(model, [images], {**SHORT_SEARCH, "target": "openvino"})
+    for format in FORMATS:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                # Anything is written: the table says how far it is from the model.
+                report = ptq4vit_plugin.export(
+                    result, Path(folder) / "model", format, images, min_sqnr=-100
+                )
+            exact = report.sqnr_db if report.exact_sqnr_db is None else report.exact_sqnr_db
+            files[format] = {
+                "sqnr_db": min(200.0, exact),
+                "image_size": report.image_size,
+                "integer": report.facts.get("integer_products", report.facts.get("integer_ops")),
+                "planned": report.facts.get("planned_products"),
+            }
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            files[format] = {"failure": f"{type(error).__name__}: {reason}"}
+    return {"files": files, "files_seconds": time.process_time() - started}
+
+
 def openvino_db(model: openvino.Model, images: Tensor, logits: Tensor, settings: dict) -> float:
     """SQNR of OpenVINO's logits against PyTorch's."""
     compiled = openvino.compile_model(model, "CPU", settings)
@@ -437,11 +467,56 @@ def page(results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(module, result) for module, result in rows.items()),
         "",
+        *files_table(rows),
+        "",
         "## What is left out, and failures",
         "",
         *(f"- {module}: not measured yet" for module in families if module not in rows),
         *(line for module, result in rows.items() for line in remarks(module, result)),
     ]
+
+
+def files_table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """What `export` writes for each family."""
+    known = {m: r["files"] for m, r in rows.items() if "files" in r}
+    good = {f: sum(r[f].get("sqnr_db", 0) >= MATCHING_DB for r in known.values()) for f in FORMATS}
+    free = {f: sum(r[f].get("image_size") == "free" for r in known.values()) for f in FORMATS}
+    return [
+        "## Exported files",
+        "",
+        "`ptq4vit_plugin.export` of the same models, quantized with `target: openvino`, in every "
+        f"format (`files` of the script). At least {MATCHING_DB} dB from the simulation: "
+        f"{', '.join(f'{f} **{good[f]} of {len(known)}**' for f in FORMATS)}. Image size free: "
+        f"{', '.join(f'{f} {free[f]}' for f in FORMATS)}; timm's defaults, most of which fix it.",
+        "",
+        "Cells. SQNR of the file's logits against the simulation's on the same images, in dB, "
+        "where the runtime has such a mode with its quantizers in float arithmetic; products that "
+        "run as integers of those planned (integer: ops); *free*: image size.",
+        "",
+        f"| family | {' | '.join(FORMATS)} | s |",
+        "|---" * (len(FORMATS) + 2) + "|",
+        *(
+            f"| {module} | {' | '.join(file_cell(files[f]) for f in FORMATS)} "
+            f"| {rows[module]['files_seconds']:.0f} |"
+            for module, files in known.items()
+        ),
+        "",
+        *(
+            f"- {module}: {f}: {files[f]['failure']}"
+            for module, files in known.items()
+            for f in FORMATS
+            if "failure" in files[f]
+        ),
+    ]
+
+
+def file_cell(found: dict[str, Any]) -> str:
+    """One file in the table."""
+    if "failure" in found:
+        return "fails"
+    planned = "" if found["planned"] is None else f" of {found['planned']}"
+    free = ", free" * (found["image_size"] == "free")
+    return f"{found['sqnr_db']:.0f}, {found['integer']}{planned}{free}"
 
 
 def remarks(module: str, result: dict[str, Any]) -> list[str]:
@@ -512,7 +587,7 @@ def store(results: dict[str, Any]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("survey", "measure", "export", "write"))
+    parser.add_argument("step", choices=("survey", "measure", "export", "files", "write"))
     parser.add_argument("families", nargs="*", help="only these; measured again if they were")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")
     options = parser.parse_args()
@@ -531,13 +606,19 @@ def main() -> None:
         families = {m: name for m, name in results["families"].items() if name}
         if unknown := set(options.families) - set(families):
             parser.error(f"no family: {', '.join(sorted(unknown))}; see `families` in {RESULTS}")
-        key = {"measure": "seconds", "export": "openvino_seconds"}[options.step]
+        key = {
+            "measure": "seconds",
+            "export": "openvino_seconds",
+            "files": "files_seconds",
+        }[options.step]
         waiting = [m for m in families if key not in models.get(m, {})]
         for module in options.families or waiting:
             if time.monotonic() > deadline:
                 break
             if options.step == "measure":
                 models[module] = measure(families[module])
+            elif options.step == "files":
+                models[module] = models[module] | written(families[module])
             else:
                 kept = models.get(module, {"model": families[module]})
                 kept = {k: v for k, v in kept.items() if not k.startswith("openvino")}
