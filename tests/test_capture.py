@@ -9,7 +9,7 @@ from torch import nn
 
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.integrations.device import available_devices
-from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf import capture, hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches, record
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
@@ -157,3 +157,25 @@ def test_model_is_left_as_it_was():
     record(model, batches(images(1)), ops, Gradient())
     assert model.training and [p.requires_grad for p in model.parameters()] == trainable
     assert all(p.grad is None for p in model.parameters()) and list(hooks.hooks(model)) == []
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gauss_newton", "labels"])
+def test_a_batch_that_is_cut_records_the_same(kind, monkeypatch):
+    """Labels, sampled or given, stay those of their images."""
+    model, ops = prepared()
+    whole = batches([(part, torch.arange(4)) for part in images(2)])
+    assert capture.in_parts(whole, ops, 4) == whole
+    monkeypatch.setattr(capture, "TOGETHER", 3 / 4 * sum(map(capture.recorded_bytes, ops)))
+    parts = capture.in_parts(whole, ops, 4)
+    assert list(map(len, parts)) == [3, 1, 3, 1]
+    seen, expected = (record(model, data, ops, Gradient(kind=kind)) for data in (parts, whole))
+    for name, one in expected.items():
+        for port, tensors in one.inputs.items():
+            for a, b in zip(tensors, pairs(seen[name].inputs[port]), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(one.fisher, pairs(seen[name].fisher), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6 * float(a.max()))
+
+
+def pairs(tensors):
+    return [torch.cat(tensors[n : n + 2]) for n in range(0, len(tensors), 2)]

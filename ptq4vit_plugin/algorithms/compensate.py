@@ -21,7 +21,7 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.views import view_of
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, token_weights
+from ptq4vit_plugin.integrations.nncf.capture import Batch, in_parts, token_weights
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.streams import Seen, run_side_by_side
 from ptq4vit_plugin.plan import FoundOp
@@ -107,7 +107,9 @@ class Compensate(CalibratedAlgorithm, Repairs):
             ops = [op for op in ops if op.kind == "matmul" or op.sources[1].parameter]
             weighed = [op for op in ops if op.kind != "matmul"]
             importance = (
-                token_weights(module, data, weighed, self.gradient) if self.gradient else {}
+                token_weights(module, in_parts(data, ops, len(first)), weighed, self.gradient)
+                if self.gradient
+                else {}
             )
             # Squared gradients are so uneven that a few dozen tokens would decide everything.
             importance = {name: weight.sqrt() for name, weight in importance.items()}

@@ -10,7 +10,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from nncf.common.graph.graph import NNCFGraph
 from pydantic import Field, PrivateAttr, model_validator
@@ -38,10 +37,16 @@ from ptq4vit_plugin.algorithms.twin_choice import choose_twins, settled
 from ptq4vit_plugin.algorithms.views import GemmView, view_of
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations import distributed
-from ptq4vit_plugin.integrations.device import device_of, peak_memory
+from ptq4vit_plugin.integrations.device import device_of, free_memory, peak_memory
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, record
+from ptq4vit_plugin.integrations.nncf.capture import (
+    Batch,
+    Recorded,
+    in_parts,
+    record,
+    recorded_bytes,
+)
 from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
@@ -251,10 +256,12 @@ class ScaleSearch(CalibratedAlgorithm):
         )
         records, quantizers = _restored(finished, plan, module)
         waiting = plan.ops[len(records) :]
-        data = distributed.share(data)
+        example = len(data[0])
+        data = in_parts(distributed.share(data), found.values(), example)
         gradient = self.gradient if self.metric == "hessian" else None
-        groups = list(self._groups(waiting, found, data))
         images = sum(map(len, data))
+        free = free_memory(device_of(module))
+        groups = list(self._groups(waiting, found, images / example, free))
         event("calibration", ops=len(plan.ops), finished=len(records), passes=len(groups))
         ranked = gradient is None or len(records) > 0  # is there any gradient to rank by?
         with progress(
@@ -302,12 +309,11 @@ class ScaleSearch(CalibratedAlgorithm):
         )
 
     def _groups(
-        self, ops: Sequence[Op], found: dict[str, FoundOp], data: Sequence[Batch]
+        self, ops: Sequence[Op], found: dict[str, FoundOp], batches: float, free: int
     ) -> Iterator[list[Op]]:
         """Consecutive ops whose recorded tensors fit the budget together; one op at least."""
-        batches = sum(map(len, data)) / len(data[0])
-        sizes = [_recorded_bytes(op, found[op.name]) * batches for op in ops]
-        budget = self._budget(sizes)
+        sizes = [recorded_bytes(found[op.name]) * batches for op in ops]
+        budget = self._budget(sizes, free)
         group: list[Op] = []
         used = 0.0
         for op, size in zip(ops, sizes, strict=True):
@@ -319,7 +325,7 @@ class ScaleSearch(CalibratedAlgorithm):
         if group:
             yield group
 
-    def _budget(self, sizes: Sequence[float]) -> float:
+    def _budget(self, sizes: Sequence[float], free: int) -> float:
         """Bytes of recorded tensors at a time.
 
         A quarter of everything: with the op that does not fit any more, that makes four passes, of
@@ -328,7 +334,7 @@ class ScaleSearch(CalibratedAlgorithm):
         if self.memory_budget:
             return self.memory_budget * GIB
         quarter = sum(sizes) / 4 + max(sizes, default=0)
-        return min(max(quarter, GIB / 2), psutil.virtual_memory().available / 4)
+        return min(max(quarter, GIB / 2), free / 4)
 
     @torch.no_grad()
     def _search_op(
@@ -456,12 +462,6 @@ def _whole(parts: list[Tensor], dim: int) -> Tensor:
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
     parts.clear()
     return whole
-
-
-def _recorded_bytes(op: Op, found: FoundOp) -> int:
-    """What one batch of the example's size takes."""
-    floats = prod(found.shapes[0]) + prod(found.output_shape)
-    return 4 * (floats + (0 if op.operands[1].parameter else prod(found.shapes[1])))
 
 
 def _restored(

@@ -68,6 +68,13 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody has taken where the tensors of a device are."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held so far: on a GPU, the tensors; else resident memory."""
     if device.type == "cuda":

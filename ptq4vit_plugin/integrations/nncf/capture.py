@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -64,8 +65,23 @@ class Batch:
             labels=cut(self.labels),
         )
 
+    def parts(self, size: int) -> Iterator[Batch]:
+        """Its images in order, `size` at a time."""
+        if len(self) <= size:
+            yield self
+            return
+        for start in range(0, len(self), size):
+            images = torch.arange(start, min(start + size, len(self)))
+            yield replace(self.of(images), first=self.first + start)
+
     def __len__(self) -> int:
         return next(len(v) for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+
+
+#: Bytes that the operands and outputs of all ops may take for images that go forward and backward
+#: together; the autograd graph takes about as much. A constant: what is free must not decide what
+#: is computed.
+TOGETHER = 2 * 2**30
 
 
 @dataclass
@@ -150,6 +166,26 @@ def _is_labelled(item: Any) -> bool:
         and item[1].ndim == 1
         and not item[1].is_floating_point()
     )
+
+
+def recorded_bytes(op: FoundOp) -> int:
+    """What an op's operands and output take, for the images whose shapes it has."""
+    floats = prod(op.shapes[0]) + prod(op.output_shape)
+    return 4 * (floats + (0 if op.sources[1].parameter else prod(op.shapes[1])))
+
+
+def in_parts(data: Sequence[Batch], ops: Iterable[FoundOp], images: int) -> list[Batch]:
+    """The batches, cut where the graph of one would be too large (`TOGETHER`).
+
+    Parameters
+    ----------
+    ops
+        All ops of the model.
+    images
+        How many images their shapes are of.
+    """
+    size = int(TOGETHER * images / max(1, sum(map(recorded_bytes, ops))))
+    return [part for batch in data for part in batch.parts(max(1, size))]
 
 
 def record(
