@@ -47,7 +47,7 @@ def test_export_writes_beside_the_checkpoint_and_into_results(checkpoint):
     [
         (["--format", "onxx"], "did you mean 'onnx'"),
         (["--set", "pack=1"], "packed"),
-        (["--min-sqnr", "900"], "nothing was written"),
+        (["--min-sqnr", "900"], "below min_sqnr 900 dB"),
         (["--output", "model.bin"], ".safetensors"),
     ],
 )

@@ -10,6 +10,7 @@ import ptq4vit_plugin as ptq
 from ptq4vit_plugin.errors import ExportError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.exporting import exporter_of
+from ptq4vit_plugin.integrations.device import adds_int8_pairs
 from ptq4vit_plugin.integrations.qdq import qdq_model
 
 onnx = pytest.importorskip("onnx")
@@ -165,6 +166,9 @@ def test_the_runtime_gives_logits_of_the_models_shape(format, exported, batch):
     path, report = exported(format, "vit", 8)
     assert exporter_of(path).read(path)(batch("vit", 3)).shape == (3, 10)
     assert report.sqnr_db > 10
+    # Codes of ONNX files do not saturate anywhere.
+    saturates = format == "openvino" and adds_int8_pairs(torch.device("cpu"))
+    assert ("saturation" in report.facts) == saturates
 
 
 @pytest.mark.parametrize("family", ["any size", "rotary"])
