@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq4vit_plugin.integrations.onnx import OPSET
 from ptq4vit_plugin.integrations.openvino import EXACT
 from ptq4vit_plugin.integrations.qdq import QDQGrid
 from ptq4vit_plugin.quantizers.branches import Branch
@@ -211,7 +212,7 @@ def runners(
             inputs,
             written,
             dynamo=False,
-            opset_version=17,
+            opset_version=OPSET,
             input_names=names,
             dynamic_axes=axes,
         )

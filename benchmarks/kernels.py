@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4vit_plugin.integrations.onnx import FLOAT, INTEGER
+from ptq4vit_plugin.integrations.onnx import FLOAT, INTEGER, OPSET
 from ptq4vit_plugin.integrations.openvino import EXACT, PRODUCTS
 
 HEADS, CHANNELS = 3, 32
@@ -102,7 +102,7 @@ def in_onnx_runtime(model: nn.Module, example: tuple[Tensor, Tensor]) -> str:
             example,
             written,
             dynamo=False,
-            opset_version=17,
+            opset_version=OPSET,
             input_names=["x", "y"],
             # As in our files; with a fixed one the optimizer makes a Gemm of every linear.
             dynamic_axes={"x": {0: "batch"}},
