@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 from torch.overrides import TorchFunctionMode
@@ -61,7 +62,7 @@ class ONNXExporter(Exporter):
     ) -> dict[str, Any]:
         """Write and check the file; returns the opset and which products run as integers."""
         lowered, found = qdq_model(model, per_tensor=True, unsigned_right=self.unsigned)
-        with warnings.catch_warnings(), torch.no_grad(), _Repeats():
+        with warnings.catch_warnings(), torch.no_grad(), _Translatable():
             # The tracer's remarks on Python numbers; what it took for constants wrongly shows when
             # the file is compared at other sizes.
             warnings.simplefilter("ignore")
@@ -147,21 +148,33 @@ def _runner(path: Path, level: onnxruntime.GraphOptimizationLevel) -> Callable[[
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-class _Repeats(TorchFunctionMode):
-    """``repeat_interleave`` by stacking, whose translation keeps sizes that are not constants.
+class _Translatable(TorchFunctionMode):
+    """Functions that PyTorch's exporter cannot write, in terms of others that it can.
 
-    timm's rotary embeddings of images of any size repeat with it.
+    ``repeat_interleave``, with which timm computes rotary embeddings of images of any size, is
+    written wrongly when sizes are no constants; ``rms_norm`` is not known in this opset.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not Tensor.repeat_interleave or len(args) != 3 or not isinstance(args[1], int):
-            return func(*args, **kwargs)
-        x, repeats, dim = args
-        dim %= x.dim()
-        return torch.stack([x] * repeats, dim + 1).flatten(dim, dim + 1)
+        if func in (torch.rms_norm, F.rms_norm):
+            return _rms_norm(*args, **kwargs)
+        if func is Tensor.repeat_interleave and len(args) == 3 and isinstance(args[1], int):
+            x, repeats, dim = args
+            dim %= x.dim()
+            return torch.stack([x] * repeats, dim + 1).flatten(dim, dim + 1)
+        return func(*args, **kwargs)
+
+
+def _rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    out = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+    return out if weight is None else out * weight
 
 
 def _resize(g: Any, x: Any, size: Any, align_corners: Any, *scales: Any) -> Any:

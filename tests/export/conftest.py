@@ -15,10 +15,12 @@ RECIPES = {
         name="vit_tiny_patch16_224",
         args=dict(img_size=32, patch_size=8, depth=2, num_classes=10, embed_dim=64, num_heads=2),
     ),
-    # Two that take images of any size: one resamples position embeddings, one computes rotary ones.
+    # Two that take images of any size: one resamples position embeddings and has another norm, one
+    # computes rotary ones.
     "any size": Recipe(
         name="vit_tiny_patch16_224",
         args=dict(
+            norm_layer="rmsnorm",
             img_size=32,
             patch_size=8,
             depth=1,
