@@ -148,6 +148,9 @@ def export(
         float,
         typer.Option(help="Logit SQNR in dB to reach against the simulated model."),
     ] = 10.0,
+    per_op: Annotated[
+        bool, typer.Option("--per-op", help="Compare the output of every op as well.")
+    ] = False,
     option: Annotated[
         list[str] | None,
         typer.Option("--set", help="An option of the format, such as allow_float=true."),
@@ -163,7 +166,7 @@ def export(
     from .config import read
 
     commands.export(
-        checkpoint, format, output, read(config) if config else None, min_sqnr, option or []
+        checkpoint, format, output, read(config) if config else None, min_sqnr, per_op, option or []
     )
 
 

@@ -239,6 +239,7 @@ def export(
     output: Path | None,
     config: Config | None,
     min_sqnr: float,
+    per_op: bool,
     options: list[str],
 ) -> None:
     """Write a saved model for a runtime; the comparison goes into ``results.json`` beside it."""
@@ -257,6 +258,7 @@ def export(
         format,
         images,
         min_sqnr,
+        per_op,
         **{key: yaml.safe_load(value) for key, value in given.items()},
     )
     exports = {**known.get("exports", {}), format: report.model_dump(mode="json")}

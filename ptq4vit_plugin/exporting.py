@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ from ptq4vit_plugin import registry
 from ptq4vit_plugin.errors import ConfigError, ExportError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import has_int8_dot
+from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
+from ptq4vit_plugin.record import record_of
 
 RANDOM_IMAGES = 8
 #: Difference in dB between the file in float arithmetic and in the runtime's 8-bit kernels from
@@ -96,6 +98,13 @@ class Exporter(ABC):
         """
         return None
 
+    def op_outputs(
+        self, path: Path, ops: Sequence[str]
+    ) -> Callable[[Tensor], Mapping[str, Tensor]]:
+        """What ops of the plan give in a written model, by name; in float arithmetic if there is
+        such a mode. Ops that cannot be told apart in the file are left out; here, all."""
+        return lambda images: {}
+
 
 class ExportReport(BaseModel):
     """What was written, and how far it is from the simulated model.
@@ -119,6 +128,9 @@ class ExportReport(BaseModel):
     image_size
         ``free``: height and width may be others at run time, as far as the model takes them; else
         ``fixed: ...`` with the reason.
+    op_differences
+        If asked for: by op, the largest absolute difference of its output from the simulated one,
+        over the largest absolute value of that. Differences of earlier ops are part of it.
     facts
         What the exporter says.
     """
@@ -134,6 +146,7 @@ class ExportReport(BaseModel):
     sqnr_db: float
     exact_sqnr_db: float | None
     image_size: str
+    op_differences: dict[str, float] | None
     facts: dict[str, Any]
 
 
@@ -143,6 +156,7 @@ def export(
     format: str = "integer",
     example_input: Any = None,
     min_sqnr: float = 10.0,
+    per_op: bool = False,
     **options: Any,
 ) -> ExportReport:
     """Write a quantized model for a runtime; what was written is loaded and compared first.
@@ -162,6 +176,8 @@ def export(
         calibration set. By default random noise of the model's input size.
     min_sqnr
         Logit SQNR in dB that the artefact must reach against the simulated model.
+    per_op
+        Compare the output of every op as well, on the first batch.
     options
         The exporter's own.
 
@@ -194,6 +210,7 @@ def export(
             compared, image_size = artefact.write(images)
             if compared.exact is not None and compared.exact > compared.sqnr + SATURATED:
                 artefact.facts["saturation"] = NARROWER
+            differences = op_differences(exporter, part, model, images[0]) if per_op else None
             files = sorted(Path(folder).iterdir())
             sizes = {file.name: file.stat().st_size for file in files}
             for file in files:
@@ -210,6 +227,7 @@ def export(
         sqnr_db=compared.sqnr,
         exact_sqnr_db=compared.exact,
         image_size=image_size,
+        op_differences=differences,
         facts=artefact.facts,
     )
 
@@ -302,6 +320,27 @@ class _Artefact:
                 f"{self.min_sqnr:g} dB"
             )
         return _Comparison(agreement, sqnr, exact)
+
+
+@torch.inference_mode()
+def op_differences(
+    exporter: Exporter, path: Path, model: nn.Module, images: Tensor
+) -> dict[str, float]:
+    """See `ExportReport`; in the order of the plan."""
+    simulated: dict[str, Tensor] = {}
+    names = [op.name for op in record_of(model).plan.ops]
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        return lambda output: simulated.update({name: output.float().cpu()})
+
+    with hooks.watching(model, {}, {name: keep(name) for name in names}):
+        model(images.to(next(model.parameters()).device))
+    found = exporter.op_outputs(path, names)(images)
+    return {
+        name: float((found[name].reshape(exact.shape) - exact).abs().max() / exact.abs().max())
+        for name, exact in simulated.items()
+        if name in found
+    }
 
 
 def _in_a_line(error: Exception) -> str:

@@ -105,6 +105,26 @@ class ONNXExporter(Exporter):
         """Run every node by itself, so that no product is fused with its quantizers."""
         return _runner(path, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
 
+    def op_outputs(self, path: Path, ops: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+        """The output of the last node whose name has an op's, in float arithmetic."""
+        made, keys = onnx.load(path), {ReplacedOps.key(op): op for op in ops}
+        last = {
+            keys[part]: node.output[0]
+            for node in made.graph.node
+            for part in node.name.split("/")
+            if part in keys
+        }
+        made.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, last.values()))
+        session = _session(
+            made.SerializeToString(), onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        )
+
+        def run(images: Tensor) -> dict[str, Tensor]:
+            outputs = session.run(list(last.values()), {"images": images.numpy()})
+            return {op: torch.from_numpy(y) for op, y in zip(last, outputs, strict=True)}
+
+        return run
+
     def preprocessing(self, path: Path) -> Preprocessing:
         """From the file's metadata."""
         check_seal(path)
@@ -137,12 +157,8 @@ def _precisions(path: Path, ops: Sequence[QuantizedOp]) -> dict[str, Any]:
 
 def _runner(path: Path, level: onnxruntime.GraphOptimizationLevel) -> Callable[[Tensor], Tensor]:
     check_seal(path)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = level
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = _session(path, level)
     except Exception as error:  # its own exceptions have no common base
         raise CheckpointError(f"'{path}': ONNX Runtime cannot read it: {error}") from error
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -202,6 +218,16 @@ def _resize(g: Any, x: Any, size: Any, align_corners: Any, *scales: Any) -> Any:
 
 
 torch.onnx.register_custom_op_symbolic("aten::_upsample_bicubic2d_aa", _resize, OPSET)
+
+
+def _session(
+    model: Path | bytes, level: onnxruntime.GraphOptimizationLevel
+) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _keep_weights_as_codes(graph: onnx.GraphProto) -> None:

@@ -28,6 +28,7 @@ except ImportError as missing:
 
 # In float32 and without dynamic quantization, which would make float products look like int8 ones.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+IN_FLOAT = {**EXACT, "LP_TRANSFORMS_MODE": "NO"}
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
 SECTION = "ptq4vit"
 
@@ -94,11 +95,35 @@ class OpenVINOExporter(Exporter):
 
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Run the files in OpenVINO on the CPU, what is not quantized in float32."""
-        return _runner(path, EXACT)
+        return _runner(_read(path), EXACT)
 
     def read_in_float(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Run the files without OpenVINO's low-precision transformations."""
-        return _runner(path, {**EXACT, "LP_TRANSFORMS_MODE": "NO"})
+        return _runner(_read(path), IN_FLOAT)
+
+    def op_outputs(self, path: Path, ops: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+        """The output of the last node whose name begins with an op's, in float arithmetic."""
+        model = _read(path)
+        keys = {f"__module.ops.{ReplacedOps.key(op)}": op for op in ops}
+        last = {
+            keys[head]: node
+            for node in model.get_ordered_ops()
+            if (head := node.get_friendly_name().partition("/")[0]) in keys
+        }
+        model.add_outputs([node.output(0) for node in last.values()])
+        # An op whose output was one of the model's already is not added again.
+        sources = [result.get_node().input_value(0).get_node() for result in model.outputs]
+        places = {source.get_friendly_name(): n for n, source in enumerate(sources)}
+        compiled = _compiled(model, IN_FLOAT)
+
+        def run(images: Tensor) -> dict[str, Tensor]:
+            outputs = compiled(images.numpy())
+            return {
+                op: torch.from_numpy(outputs[places[node.get_friendly_name()]].copy())
+                for op, node in last.items()
+            }
+
+        return run
 
     def preprocessing(self, path: Path) -> Preprocessing:
         """From the rt_info of the IR."""
@@ -114,9 +139,13 @@ def _read(path: Path) -> openvino.Model:
         raise CheckpointError(f"'{path}': OpenVINO cannot read it: {error}") from error
 
 
-def _runner(path: Path, settings: dict[str, str]) -> Callable[[Tensor], Tensor]:
+def _compiled(model: openvino.Model, settings: dict[str, str]) -> openvino.CompiledModel:
     threads = {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
-    compiled = openvino.Core().compile_model(_read(path), "CPU", {**settings, **threads})
+    return openvino.Core().compile_model(model, "CPU", {**settings, **threads})
+
+
+def _runner(model: openvino.Model, settings: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    compiled = _compiled(model, settings)
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
 

@@ -10,6 +10,9 @@ from ptq4vit_plugin.exporting import ExportReport
 from ptq4vit_plugin.plan import Operand, Plan
 from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord, TwinTrial
 
+#: Ops that an export's table names, those with the largest differences.
+WORST = 5
+
 
 def plan_table(plan: Plan) -> Table:
     """Every op: its two operands' quantizers, or why it is left out."""
@@ -44,6 +47,9 @@ def export_table(report: ExportReport) -> Table:
     if report.exact_sqnr_db is not None:
         table.add_row("the same, in float arithmetic", f"{report.exact_sqnr_db:.1f} dB")
     table.add_row("image size", report.image_size)
+    differences = report.op_differences or {}
+    for name in sorted(differences, key=differences.get, reverse=True)[:WORST]:
+        table.add_row(f"largest difference, {name}", f"{differences[name]:.2g}")
     for name, fact in report.facts.items():
         table.add_row(name.replace("_", " "), str(fact))
     return table

@@ -32,13 +32,14 @@ def run(*arguments):
 def test_export_writes_beside_the_checkpoint_and_into_results(checkpoint):
     results = checkpoint.parent / "results.json"
     results.write_text('{"metrics": {"top1": 50}}')
-    done = run("export", checkpoint, "--set", "packed=false")
+    done = run("export", checkpoint, "--set", "packed=false", "--per-op")
     assert done.exit_code == 0, done.output
     written = checkpoint.parent / "model-integer.safetensors"
     content = json.loads(results.read_text())
     report = content["exports"]["integer"]
     assert content["metrics"] == {"top1": 50}
     assert report["files"] == {written.name: written.stat().st_size} and report["random"]
+    assert "head/linear/0" in report["op_differences"] and "largest difference" in done.output
     assert report["agreement"] == 100 and str(written) in done.output.replace("\n", "")
 
 

@@ -160,6 +160,21 @@ def test_target_openvino_converts_by_openvinos_own_way(quantized, batch):
         assert logit_sqnr(model(x), out) > 30
 
 
+@pytest.mark.parametrize("format", ["integer", *FORMATS])
+def test_differences_op_by_op_on_request(format, quantized, batch, tmp_path):
+    model, x = quantized("swin", 6), batch("swin", 2, seed=1)
+    path = tmp_path / f"m{FORMATS.get(format, '.safetensors')}"
+    found = ptq.export(model, path, format, x, per_op=True).op_differences
+    assert list(found) == [op.name for op in ptq.describe(model)]
+    exporter = exporter_of(path)
+    run = exporter.read_in_float(path) or ptq.load(path)
+    with torch.no_grad():
+        expected, logits = model(x), run(x)
+    worst = float((logits - expected).abs().max() / expected.abs().max())
+    assert found["head/fc/linear/0"] == pytest.approx(worst, abs=1e-6)
+    assert found["patch_embed/proj/conv2d/0"] < 1e-5 and max(found.values()) < 0.5
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_runtime_gives_logits_of_the_models_shape(format, exported, batch):
     """OpenVINO's integer path, which saturates on this CPU or not, has shapes of its own."""

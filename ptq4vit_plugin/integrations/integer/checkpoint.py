@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,6 +148,19 @@ class IntegerExporter(Exporter):
     def read(self, path: Path) -> nn.Module:
         """See `load`."""
         return load(path, self._architecture)
+
+    def op_outputs(self, path: Path, ops: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+        """The outputs of the modules that compute with integers."""
+        model = self.read(path)
+        seen: dict[str, Tensor] = {}
+        for name, op in model.named_ops().items():
+            op.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y}))
+
+        def run(images: Tensor) -> dict[str, Tensor]:
+            model(images)
+            return seen
+
+        return run
 
     def preprocessing(self, path: Path) -> Preprocessing:
         """From the file's metadata."""
