@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ptq4vit_plugin import registry
 from ptq4vit_plugin.errors import ConfigError, ExportError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
-from ptq4vit_plugin.integrations.device import has_int8_dot
+from ptq4vit_plugin.integrations.device import device_of, has_int8_dot
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
@@ -290,10 +290,7 @@ class _Artefact:
         try:
             larger, *others = resized(self.model, images[0])
             self.facts = self.exporter.write(self.model, self.path, larger, (0, 2, 3))
-            compared = self._compared(images)
-            for other in others:
-                self._compared([other])
-            return compared, "free"
+            return self._compared(images, *([other] for other in others)), "free"
         except Exception as error:  # runtimes' and models' own errors have no common base
             reason = _in_a_line(error)
         for file in self.path.parent.iterdir():
@@ -306,20 +303,25 @@ class _Artefact:
         except Exception as error:
             raise ExportError(f"export: {self.format}: {_in_a_line(error)}") from error
 
-    def _compared(self, images: Sequence[Tensor]) -> _Comparison:
-        agreement, sqnr = _compare(self.exporter.read(self.path), self.model, images)
-        in_float = self.exporter.read_in_float(self.path)
-        exact = None if in_float is None else _compare(in_float, self.model, images)[1]
-        # Without int8 dot products the runtime's own kernels say nothing about the file.
-        judged = sqnr if exact is None or has_int8_dot(torch.device("cpu")) else exact
-        if not judged >= self.min_sqnr:
-            size = "x".join(map(str, images[0].shape[2:]))
-            raise ExportError(
-                f"export: the {self.format} artefact is {judged:.1f} dB from the simulated model "
-                f"on images of {size} ({agreement:.1f} % the same class), below min_sqnr "
-                f"{self.min_sqnr:g} dB"
-            )
-        return _Comparison(agreement, sqnr, exact)
+    def _compared(self, *sizes: Sequence[Tensor]) -> _Comparison:
+        """Compare on batches of every size; returns what the first gave."""
+        run, in_float = self.exporter.read(self.path), self.exporter.read_in_float(self.path)
+        found = []
+        for images in sizes:
+            reference = _logits(self.model, images)
+            agreement, sqnr = _compare(run, reference, images)
+            exact = None if in_float is None else _compare(in_float, reference, images)[1]
+            # Without int8 dot products the runtime's own kernels say nothing about the file.
+            judged = sqnr if exact is None or has_int8_dot(torch.device("cpu")) else exact
+            if not judged >= self.min_sqnr:
+                size = "x".join(map(str, images[0].shape[2:]))
+                raise ExportError(
+                    f"export: the {self.format} artefact is {judged:.1f} dB from the simulated "
+                    f"model on images of {size} ({agreement:.1f} % the same class), below min_sqnr "
+                    f"{self.min_sqnr:g} dB"
+                )
+            found.append(_Comparison(agreement, sqnr, exact))
+        return found[0]
 
 
 @torch.inference_mode()
@@ -334,7 +336,7 @@ def op_differences(
         return lambda output: simulated.update({name: output.float().cpu()})
 
     with hooks.watching(model, {}, {name: keep(name) for name in names}):
-        model(images.to(next(model.parameters()).device))
+        model(images.to(device_of(model)))
     found = exporter.op_outputs(path, names)(images)
     return {
         name: float((found[name].reshape(exact.shape) - exact).abs().max() / exact.abs().max())
@@ -362,19 +364,21 @@ def resized(model: nn.Module, images: Tensor) -> list[Tensor]:
     """
     some = images[:2]
     made = [F.interpolate(some, scale_factor=s, mode="bilinear") for s in ((2, 2), (2, 1), (1, 2))]
-    device = next(model.parameters()).device
-    for batch in made:
-        model(batch.to(device))
+    _logits(model, made[:1])  # the others are seen when the file is compared
     return made
 
 
 @torch.inference_mode()
+def _logits(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    device = device_of(model)
+    return torch.cat([model(batch.to(device)).cpu() for batch in images])
+
+
+@torch.inference_mode()
 def _compare(
-    artefact: Callable[[Tensor], Tensor], model: nn.Module, images: Sequence[Tensor]
+    artefact: Callable[[Tensor], Tensor], reference: Tensor, images: Sequence[Tensor]
 ) -> tuple[float, float]:
-    device = next(model.parameters()).device
-    pairs = [(artefact(batch).float().cpu(), model(batch.to(device)).cpu()) for batch in images]
-    logits, reference = (torch.cat(side) for side in zip(*pairs, strict=True))
+    logits = torch.cat([artefact(batch).float().cpu() for batch in images])
     if logits.shape != reference.shape or not torch.isfinite(logits).all():
         return 0.0, -math.inf
     agreement = (logits.argmax(1) == reference.argmax(1)).double().mean().item()

@@ -10,37 +10,21 @@ from torch import nn
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 
+SMALL = dict(img_size=32, patch_size=8, num_classes=10, embed_dim=64, num_heads=2)
 RECIPES = {
     "vit": Recipe(
         name="vit_tiny_patch16_224",
-        args=dict(img_size=32, patch_size=8, depth=2, num_classes=10, embed_dim=64, num_heads=2),
+        args=dict(SMALL, depth=2),
     ),
     # Two that take images of any size: one resamples position embeddings and has another norm, one
     # computes rotary ones.
     "any size": Recipe(
         name="vit_tiny_patch16_224",
-        args=dict(
-            norm_layer="rmsnorm",
-            img_size=32,
-            patch_size=8,
-            depth=1,
-            num_classes=10,
-            embed_dim=64,
-            num_heads=2,
-            dynamic_img_size=True,
-        ),
+        args=dict(SMALL, depth=1, dynamic_img_size=True, norm_layer="rmsnorm"),
     ),
     "rotary": Recipe(
         name="eva02_tiny_patch14_224",
-        args=dict(
-            img_size=32,
-            patch_size=8,
-            depth=1,
-            num_classes=10,
-            embed_dim=64,
-            num_heads=2,
-            dynamic_img_size=True,
-        ),
+        args=dict(SMALL, depth=1, dynamic_img_size=True),
     ),
     "convit": Recipe(
         name="convit_tiny",
