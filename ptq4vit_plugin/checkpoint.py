@@ -6,12 +6,11 @@ Nothing is unpickled, and classes are imported only from where `hooks.restore` a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import nncf
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -21,13 +20,13 @@ from ptq4vit_plugin.files import written_whole
 from ptq4vit_plugin.integrations.integer import checkpoint as integer
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
-from ptq4vit_plugin.integrations.nncf.prepare import bare
 from ptq4vit_plugin.integrations.timm.attention import (
     fuse_attention,
     fused_attention,
     unfuse_attention,
 )
-from ptq4vit_plugin.integrations.timm.models import Recipe, create, recipe_of
+from ptq4vit_plugin.integrations.timm.models import Recipe, recipe_of
+from ptq4vit_plugin.loading import architecture, read_header
 from ptq4vit_plugin.record import QuantizationRecord, attach, record_of
 
 FORMAT_VERSION = 1
@@ -128,13 +127,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if integer.is_integer(path):
         return integer.load(path, model)
     metadata = read_metadata(path)
-    if model is None:
-        if metadata.recipe is None:
-            raise CheckpointError(
-                f"'{path}' does not say how its model is built; give load(path, model=...)"
-            )
-        model = create(metadata.recipe)
-    model = bare(model)
+    model = architecture(path, metadata.recipe, model)
     unfuse_attention(model)
     try:
         fuse_attention(model, (name for name, fused in metadata.fused_attention.items() if fused))
@@ -174,22 +167,4 @@ def read_metadata(path: Path) -> Metadata:
     CheckpointError
         As `load`.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as a .safetensors file: {error}") from error
-    if text is None:
-        raise CheckpointError(f"'{path}' was not written by ptq4vit: its metadata has no '{_KEY}'")
-    try:
-        content = json.loads(text)
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"'{path}' has format version {version}; this release reads "
-                f"version {FORMAT_VERSION}: install a newer ptq4vit-plugin"
-            )
-        return Metadata.model_validate(content)
-    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"'{path}' has damaged metadata: {detail}") from error
+    return read_header(path, _KEY, "a checkpoint", Metadata)

@@ -41,7 +41,7 @@ def nothing_runs(monkeypatch):
     monkeypatch.setattr(openvino.Core, "compile_model", ran)
     monkeypatch.setattr(onnxruntime, "InferenceSession", ran)
     monkeypatch.setattr("ptq4vit_plugin.integrations.onnx.onnx.load", ran)
-    monkeypatch.setattr("ptq4vit_plugin.integrations.integer.checkpoint.create", ran)
+    monkeypatch.setattr("ptq4vit_plugin.loading.create", ran)
 
 
 def refused(path, calls=("read", "preprocessing")):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import nncf
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,14 +29,14 @@ from ptq4vit_plugin.integrations.integer.ops import (
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
-from ptq4vit_plugin.integrations.nncf.prepare import bare
 from ptq4vit_plugin.integrations.timm.attention import (
     fuse_attention,
     fused_attention,
     unfuse_attention,
 )
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
-from ptq4vit_plugin.integrations.timm.models import Recipe, create, recipe_of
+from ptq4vit_plugin.integrations.timm.models import Recipe, recipe_of
+from ptq4vit_plugin.loading import architecture, read_header
 from ptq4vit_plugin.plan import OpKind
 from ptq4vit_plugin.quantizers.branches import Branch
 from ptq4vit_plugin.sealing import BLANK, check_seal, seal
@@ -184,13 +183,7 @@ def load(path: Path, model: nn.Module | None = None) -> ReplacedOps:
     path = Path(path)
     metadata = read_metadata(path)
     check_seal(path)
-    if model is None:
-        if metadata.recipe is None:
-            raise CheckpointError(
-                f"'{path}' does not say how its model is built; give load(path, model=...)"
-            )
-        model = create(metadata.recipe)
-    model = bare(model)
+    model = architecture(path, metadata.recipe, model)
     try:
         unfuse_attention(model)
         fuse_attention(model, (name for name, fused in metadata.fused_attention.items() if fused))
@@ -230,24 +223,7 @@ def read_metadata(path: Path) -> Metadata:
     CheckpointError
         As `load`.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as a .safetensors file: {error}") from error
-    if text is None:
-        raise CheckpointError(f"'{path}' is no integer checkpoint: its metadata has no '{KEY}'")
-    try:
-        version = json.loads(text).get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"'{path}' has integer format version {version}; this release reads version "
-                f"{FORMAT_VERSION}: install a newer ptq4vit-plugin"
-            )
-        return Metadata.model_validate_json(text)
-    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"'{path}' has damaged metadata: {detail}") from error
+    return read_header(path, KEY, "an integer checkpoint", Metadata)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""What loading a checkpoint of either kind begins with: its header, and the model it is of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ptq4vit_plugin.errors import CheckpointError
+from ptq4vit_plugin.integrations.nncf.prepare import bare
+from ptq4vit_plugin.integrations.timm.models import Recipe, create
+
+Header = TypeVar("Header", bound=BaseModel)
+
+
+def read_header(path: Path, key: str, kind: str, schema: type[Header]) -> Header:
+    """The JSON in the metadata of a safetensors file; no tensor is read.
+
+    Parameters
+    ----------
+    key
+        Of the metadata.
+    kind
+        What such a file is called in messages.
+    schema
+        Its field ``format_version`` has the version that is read as its default.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, damaged, foreign or too new.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' cannot be read as a .safetensors file: {error}") from error
+    if text is None:
+        raise CheckpointError(
+            f"'{path}' was not written by ptq4vit as {kind}: its metadata has no '{key}'"
+        )
+    try:
+        version = json.loads(text).get("format_version")
+        known = schema.model_fields["format_version"].default
+        if version != known:
+            raise CheckpointError(
+                f"'{path}', {kind}, has format version {version}; this release reads version "
+                f"{known}: install a newer ptq4vit-plugin"
+            )
+        return schema.model_validate_json(text)
+    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"'{path}' has damaged metadata: {detail}") from error
+
+
+def architecture(path: Path, recipe: Recipe | None, model: nn.Module | None) -> nn.Module:
+    """A model to load a file into: the one that is given, or made as the file says.
+
+    Raises
+    ------
+    CheckpointError
+        Neither is there.
+    """
+    if model is None:
+        if recipe is None:
+            raise CheckpointError(
+                f"'{path}' does not say how its model is built; give load(path, model=...)"
+            )
+        model = create(recipe)
+    return bare(model)
