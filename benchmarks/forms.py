@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4vit_plugin.integrations.onnx import OPSET
+from ptq4vit_plugin.integrations.onnx_functions import OPSET
 from ptq4vit_plugin.integrations.openvino import EXACT
 from ptq4vit_plugin.integrations.qdq import QDQGrid
 from ptq4vit_plugin.quantizers.branches import Branch

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4vit_plugin.integrations.onnx import FLOAT, INTEGER, OPSET
+from ptq4vit_plugin.integrations.onnx import FLOAT, INTEGER
+from ptq4vit_plugin.integrations.onnx_functions import OPSET
 from ptq4vit_plugin.integrations.openvino import EXACT, PRODUCTS
 
 HEADS, CHANNELS = 3, 32

@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.onnx import symbolic_helper
-from torch.overrides import TorchFunctionMode
 
 from ptq4vit_plugin.errors import CheckpointError, ExportError
 from ptq4vit_plugin.exporting import Exporter
 from ptq4vit_plugin.integrations.lowering import QuantizedOp
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
+from ptq4vit_plugin.integrations.onnx_functions import OPSET, Translatable
 from ptq4vit_plugin.integrations.qdq import qdq_model
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
 from ptq4vit_plugin.sealing import BLANK, check_seal, seal
@@ -32,9 +30,7 @@ except ImportError as missing:
         f"format 'onnx' needs {missing.name}: pip install 'ptq4vit-plugin[onnx]'"
     ) from missing
 
-OPSET = 18  # the first whose Resize knows antialiasing
 DIMENSIONS = {0: "batch", 2: "height", 3: "width"}
-INT64 = onnx.TensorProto.INT64
 # Products in ONNX Runtime's optimized graph.
 INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "QGemm")
 FLOAT = ("MatMul", "FusedMatMul", "Gemm", "Conv", "FusedConv")
@@ -62,7 +58,7 @@ class ONNXExporter(Exporter):
     ) -> dict[str, Any]:
         """Write and check the file; returns the opset and which products run as integers."""
         lowered, found = qdq_model(model, per_tensor=True, unsigned_right=self.unsigned)
-        with warnings.catch_warnings(), torch.no_grad(), _Translatable():
+        with warnings.catch_warnings(), torch.no_grad(), Translatable():
             # The tracer's remarks on Python numbers; what it took for constants wrongly shows when
             # the file is compared at other sizes.
             warnings.simplefilter("ignore")
@@ -162,62 +158,6 @@ def _runner(path: Path, level: onnxruntime.GraphOptimizationLevel) -> Callable[[
     except Exception as error:  # its own exceptions have no common base
         raise CheckpointError(f"'{path}': ONNX Runtime cannot read it: {error}") from error
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-class _Translatable(TorchFunctionMode):
-    """Functions that PyTorch's exporter cannot write, in terms of others that it can.
-
-    ``repeat_interleave``, with which timm computes rotary embeddings of images of any size, is
-    written wrongly when sizes are no constants; ``rms_norm`` is not known in this opset.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.rms_norm, F.rms_norm):
-            return _rms_norm(*args, **kwargs)
-        if func is Tensor.repeat_interleave and len(args) == 3 and isinstance(args[1], int):
-            x, repeats, dim = args
-            dim %= x.dim()
-            return torch.stack([x] * repeats, dim + 1).flatten(dim, dim + 1)
-        return func(*args, **kwargs)
-
-
-def _rms_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    dims = tuple(range(-len(shape), 0))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    out = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
-    return out if weight is None else out * weight
-
-
-def _resize(g: Any, x: Any, size: Any, align_corners: Any, *scales: Any) -> Any:
-    """PyTorch's antialiased bicubic resampling, for which its exporter has no translation.
-
-    timm resamples position embeddings with it. Its kernel has the parameter -0.5.
-    """
-    empty = g.op("Constant", value_t=torch.tensor([]))
-    if symbolic_helper._is_packed_list(size):
-        ends = [g.op("Cast", end, to_i=INT64) for end in symbolic_helper._unpack_list(size)]
-        one = g.op("Constant", value_t=torch.tensor([1]))
-        size = g.op("Concat", *(g.op("Reshape", end, one) for end in ends), axis_i=0)
-    images = symbolic_helper._slice_helper(g, g.op("Shape", x), axes=[0], starts=[0], ends=[2])
-    return g.op(
-        "Resize",
-        x,
-        empty,
-        empty,
-        g.op("Concat", images, size, axis_i=0),
-        mode_s="cubic",
-        antialias_i=1,
-        cubic_coeff_a_f=-0.5,
-        coordinate_transformation_mode_s="half_pixel",
-    )
-
-
-torch.onnx.register_custom_op_symbolic("aten::_upsample_bicubic2d_aa", _resize, OPSET)
 
 
 def _session(
