@@ -31,6 +31,8 @@ class Trained:
     """
 
     def __init__(self, folder: Path, number: int = 500) -> None:
+        if not (folder / "data.npz").exists():
+            raise SystemExit(f"--trained {folder}: there is no data.npz in it")
         self.folder = folder
         data = np.load(folder / "data.npz")
         self.images = normalized(data["test_images"][:number])
