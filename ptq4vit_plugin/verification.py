@@ -109,10 +109,16 @@ def op_differences(
         model(images.to(device_of(model)))
     found = exporter.op_outputs(path, names)(images)
     return {
-        name: float((found[name].reshape(exact.shape) - exact).abs().max() / exact.abs().max())
+        name: _relative(found[name].reshape(exact.shape) - exact, exact)
         for name, exact in simulated.items()
         if name in found
     }
+
+
+def _relative(difference: Tensor, exact: Tensor) -> float:
+    # Some op's output may be all zero.
+    largest = exact.abs().max().clamp_min(torch.finfo(exact.dtype).tiny)
+    return float(difference.abs().max() / largest)
 
 
 def _in_a_line(error: Exception) -> str:

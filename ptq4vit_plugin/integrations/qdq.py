@@ -20,6 +20,8 @@ from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.quantizers.branches import Branch, row_peak
 
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
+# Where a layer's output has what is a weight's first dimension.
+OUTPUT_CHANNELS = {"linear": (-1,), "conv2d": (-1, 1, 1)}
 
 
 def qdq_model(
@@ -154,6 +156,8 @@ class QDQOp(nn.Module):
         for a, a_factor in lefts:
             for b, b_factor in rights:
                 part = call(a, b, *rest, **named)
+                if b_factor is not None and self.kind in OUTPUT_CHANNELS:
+                    b_factor = b_factor.reshape(OUTPUT_CHANNELS[self.kind])
                 if a_factor is not None or b_factor is not None:
                     part = part * _product(a_factor, b_factor)
                 out = part if out is None else out + part

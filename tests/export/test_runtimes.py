@@ -12,6 +12,7 @@ from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.integrations.device import adds_int8_pairs
 from ptq4vit_plugin.integrations.qdq import qdq_model
+from ptq4vit_plugin.record import record_of
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -42,6 +43,30 @@ def test_plain_fake_quantize_is_the_simulation(
     family, bits, per_tensor, unsigned, quantized, batch
 ):
     model, x = quantized(family, bits), batch(family, 8, seed=1)
+    lowered, _ = qdq_model(model, per_tensor, unsigned)
+    with torch.no_grad():
+        assert logit_sqnr(model(x), lowered(x)) > 30
+
+
+@pytest.mark.parametrize(("per_tensor", "unsigned"), [(False, False), (True, False), (True, True)])
+def test_weights_that_are_computed_keep_a_scale_per_output_channel(per_tensor, unsigned):
+    class Computed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("basis", torch.randn(9, 8) * torch.logspace(-2, 2, 9)[:, None])
+            self.conv = torch.nn.Conv2d(3, 8, 1)
+            self.head = torch.nn.Linear(9, 5)
+
+        def forward(self, x):
+            kernel = self.conv.weight * torch.logspace(-2, 2, 8)[:, None, None, None]
+            x = torch.nn.functional.conv2d(x, kernel).mean(3).transpose(1, 2)
+            return self.head(torch.nn.functional.linear(x, self.basis)).mean(1)
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 6, 6)
+    config = {"algorithm": "base_ptq", "metric": "mse", "search_range": {"n": 10}, "rounds": 1}
+    model = ptq.quantize(Computed().eval(), [x], config)
+    assert sum(op.operands[1].parameter is None for op in record_of(model).plan.ops) == 2
     lowered, _ = qdq_model(model, per_tensor, unsigned)
     with torch.no_grad():
         assert logit_sqnr(model(x), lowered(x)) > 30
