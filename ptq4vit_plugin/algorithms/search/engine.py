@@ -53,7 +53,7 @@ class Stage:
 #: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows. An operand's
 #: search begins with all candidates until the other's scale has been searched once; from then on
 #: with those that survived the first stage then.
-SCHEDULE = (Stage(1 / 64, 128, 32), Stage(1 / 12, 512, 12, 1.3))
+SCHEDULE = (Stage(1 / 64, 128, 48), Stage(1 / 12, 512, 24, 1.3))
 #: The same for products of attention: whole images are drawn there, which says less.
 BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 8))
 #: The same for an operand with one scale, whose loss is a smooth curve.
