@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import ExportError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
+from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.integrations.device import device_of, has_int8_dot
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.record import record_of
-
-if TYPE_CHECKING:
-    from ptq4vit_plugin.exporting import Exporter
 
 #: Difference in dB between the file in float arithmetic and in the runtime's 8-bit kernels from
 #: which on these are said to saturate, and what to do about it.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import CheckpointError, ExportError
-from ptq4vit_plugin.exporting import Exporter
+from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.integrations.lowering import QuantizedOp
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.onnx_functions import OPSET, Translatable

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import CheckpointError, ModelError
-from ptq4vit_plugin.exporting import Exporter
+from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.integrations.integer.model import drop_weight, integer_model
 from ptq4vit_plugin.integrations.integer.ops import (
     FloatWeightOp,
