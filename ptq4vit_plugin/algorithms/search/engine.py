@@ -55,7 +55,7 @@ class Stage:
 #: with those that survived the first stage then.
 SCHEDULE = (Stage(1 / 64, 128, 48), Stage(1 / 12, 512, 24, 1.3))
 #: The same for products of attention: whole images are drawn there, which says less.
-BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 8))
+BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 12))
 #: The same for an operand with one scale, whose loss is a smooth curve.
 SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 8, 1.1))
 #: The same for angle metrics, which have no gradient to tell which rows matter.
