@@ -33,6 +33,7 @@ class Translatable(TorchFunctionMode):
 def rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: Any = None
 ) -> Tensor:
+    """`F.rms_norm`, written out."""
     dims = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     out = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
@@ -40,6 +41,7 @@ def rms_norm(
 
 
 def repeat_interleave(x: Tensor, repeats: Any, dim: int | None = None) -> Tensor | None:
+    """`Tensor.repeat_interleave`, every element as often, as a stack of copies."""
     if not isinstance(repeats, int) or dim is None:
         return None
     dim %= x.dim()
