@@ -22,7 +22,7 @@ evaluated twice; an operand is not searched again while the other's choice stand
 round on survivors are compared together with the current choice, so that with an error metric the
 objective on the rows compared never rises; objectives that are reported are of all rows. Heuristic,
 in `fast` only: a candidate that loses on a sample is dropped, survivors are compared up to `SURE`,
-and later searches of an operand try what survived an earlier one (`HOPELESS`).
+and later searches of an operand try what was best in an earlier one (`LATER`, `HOPELESS`).
 """
 
 import math
@@ -51,8 +51,7 @@ class Stage:
 
 
 #: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows. An operand's
-#: search begins with all candidates until the other's scale has been searched once; from then on
-#: with those that survived the first stage then.
+#: search begins with all candidates until the other's scale has been searched once.
 SCHEDULE = (Stage(1 / 64, 128, 48), Stage(1 / 12, 512, 24, 1.3))
 #: The same for products of attention: whole images are drawn there, which says less.
 BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 12))
@@ -60,6 +59,9 @@ BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 12))
 SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 8, 1.1))
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
+#: Candidates per group, the best of the search before, that later searches compare at most. (Before
+#: the other's scale has been searched, the best say little: 12 of these put objectives 1 % higher.)
+LATER = 12
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
 #: column in so many.
 PROBES, PROBED_COLUMNS = (0.25, 0.5), 4
@@ -202,7 +204,8 @@ class _Search:
 
     def exhaustive(self, operand: str) -> Tensor:
         """The best candidate of every group, all evaluated on all data."""
-        return self._compared(operand, torch.ones_like(self._candidates(operand), dtype=torch.bool))
+        every = torch.ones_like(self._candidates(operand), dtype=torch.bool)
+        return self._compared(operand, every)[0]
 
     def fast(self, operand: str, turn: int) -> Tensor:
         """The same by successive halving (see `SCHEDULE`), in round `turn`, from 0.
@@ -214,23 +217,24 @@ class _Search:
         current = self.index[operand]
         assert current is not None
         schedule = self._schedule(operand)
-        kept = self._survivors.get(operand)
-        candidates = self._candidates(operand) if kept is None else kept
-        for stage in schedule if kept is None else schedule[1:]:
-            sample = self._sample(stage, operand)
-            if sample is not None and len(candidates) > stage.keep:
-                groups = self._evaluate(sample, operand, candidates)
-                candidates = self._best(candidates, groups, stage.keep, stage.far, current)
-                if turn >= self._settled[operand]:  # what the first stage leaves
-                    self._survivors.setdefault(operand, candidates)
-        if turn >= self._settled[operand]:
-            self._survivors.setdefault(operand, candidates)
+        candidates = self._survivors.get(operand)
+        if candidates is None:
+            candidates = self._candidates(operand)
+            for stage in schedule:
+                sample = self._sample(stage, operand)
+                if sample is not None and len(candidates) > stage.keep:
+                    groups = self._evaluate(sample, operand, candidates)
+                    candidates = self._best(candidates, groups, stage.keep, stage.far, current)
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])
         # The start scales, the last row, may be a group's choice still.
         which = torch.zeros(len(self._candidates(operand)) + 1, *current.shape, dtype=torch.bool)
         which = which.to(current.device).scatter_(0, candidates, True)
-        return self._compared(operand, which)
+        choice, losses = self._compared(operand, which)
+        if turn >= self._settled[operand] and losses is not None:
+            least, best = losses.topk(min(LATER, schedule[-1].keep), dim=0, largest=False)
+            self._survivors[operand] = torch.where(least.isinf(), best[0], best)
+        return choice
 
     def _certain(self, operand: str, turn: int) -> Tensor:
         """The best candidate of every group (see `elimination`); round `turn`, from 0."""
@@ -346,10 +350,11 @@ class _Search:
         rows = torch.arange(quantizer.n, device=current.device).view(-1, *[1] * current.dim())
         return rows.expand(-1, *current.shape)
 
-    def _compared(self, operand: str, which: Tensor) -> Tensor:
+    def _compared(self, operand: str, which: Tensor) -> tuple[Tensor, Tensor | None]:
         """The first best of candidates `which`, ``[n, *group shape]``, on (nearly) all rows.
 
-        Groups for which all are equal keep their choice.
+        Groups for which all are equal keep their choice. With it come the losses of `which`, in
+        its shape, infinite elsewhere; None if the present choice is all there is.
         """
         current = self.index[operand]
         assert current is not None
@@ -363,7 +368,7 @@ class _Search:
             losses = self._losses_of(self._finals, operand, which & ~its)
             losses = torch.where((which & its).expand_as(losses), known[None], losses)
         else:
-            return current
+            return current, None
         totals = self._summed(operand, losses).masked_fill(~which, torch.inf)
         every = len(self._candidates(operand))
         if which[:every].all():
@@ -373,7 +378,7 @@ class _Search:
         # Groups do not interact: the loss of the mixed choice is known without evaluating it.
         at = choice.clamp_max(len(which) - 1).expand(losses.shape[1:])[None]
         self._losses[self._key(self._finals, operand, choice)] = losses.gather(0, at)[0]
-        return choice
+        return choice, totals
 
     def _evaluate(self, problem: Problem, operand: str, candidates: Tensor) -> Tensor:
         """Losses of candidates per group, stacked."""
