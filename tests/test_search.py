@@ -297,10 +297,10 @@ def test_integer_path_chooses_the_same(kind, granularity, metric, bits, monkeypa
     assert results[0].after == pytest.approx(results[1].after, rel=1e-4)
 
 
-def structured(kind, bits, seed):
+def structured(kind, bits, seed, n=100):
     """An op with what real ones have: few dominant images and tokens, outlier channels."""
     g = torch.Generator().manual_seed(seed)
-    span = SearchRange(0.01, 1.2, 100)
+    span = SearchRange(0.01, 1.2, n)
     if kind in ("matmul", "attention"):
         op = Gemm(normal(g, 16, 3, 40, 16), normal(g, 16, 3, 16, 40))
         a, b = Uniform(bits, TENSOR, span), Uniform(bits, TENSOR, span)
@@ -352,6 +352,15 @@ def test_fast_finds_what_exhaustive_finds(kind, bits, monkeypatch):
     assert fast.evaluations < best.evaluations / (4 if kind in ("linear", "gelu") else 1)
     again = search(op, a, b, order=order, strategy="fast")
     assert torch.equal(fast.a_index, again.a_index) and torch.equal(fast.b_index, again.b_index)
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention"])
+def test_fast_with_fewer_candidates_than_survive_is_exhaustive(kind, monkeypatch):
+    monkeypatch.setattr(engine, "AHEAD", 0)
+    op, a, b, order = structured(kind, 6, seed=2, n=3)
+    best = search(op, a, b, order=order, strategy="exhaustive")
+    fast = search(op, a, b, order=order, strategy="fast")
+    assert torch.equal(fast.a_index, best.a_index) and torch.equal(fast.b_index, best.b_index)
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])

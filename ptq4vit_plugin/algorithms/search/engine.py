@@ -232,7 +232,8 @@ class _Search:
         which = which.to(current.device).scatter_(0, candidates, True)
         choice, losses = self._compared(operand, which)
         if turn >= self._settled[operand] and losses is not None:
-            least, best = losses.topk(min(LATER, schedule[-1].keep), dim=0, largest=False)
+            number = min(LATER, schedule[-1].keep, len(losses))
+            least, best = losses.topk(number, dim=0, largest=False)
             self._survivors[operand] = torch.where(least.isinf(), best[0], best)
         return choice
 
