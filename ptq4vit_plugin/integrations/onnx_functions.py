@@ -17,9 +17,9 @@ OPSET = 18  # the first whose Resize knows antialiasing
 class Translatable(TorchFunctionMode):
     """While it is active, functions compute the same by way of others.
 
-    ``repeat_interleave``, with which timm computes rotary embeddings of images of any size, is
-    written wrongly when sizes are no constants; ``rms_norm`` is not known in this opset; the rest
-    needs sizes that a trace of a quantized model does not know.
+    ``repeat_interleave``, with which timm computes rotary embeddings of images of any size, and
+    ``tile`` are written wrongly when sizes are no constants; ``rms_norm`` is not known in this
+    opset; the rest needs sizes that a trace of a quantized model does not know.
     """
 
     def __torch_function__(
@@ -46,6 +46,13 @@ def repeat_interleave(x: Tensor, repeats: Any, dim: int | None = None) -> Tensor
         return None
     dim %= x.dim()
     return torch.stack([x] * repeats, dim + 1).flatten(dim, dim + 1)
+
+
+def tile(x: Tensor, *dims: Any) -> Tensor | None:
+    """`Tensor.tile` as `Tensor.repeat`, where it adds no dimensions."""
+    times = [*dims[0]] if isinstance(dims[0], (tuple, list)) else [*dims]
+    missing = x.dim() - len(times)
+    return x.repeat(*[1] * missing, *times) if missing >= 0 else None
 
 
 def unfold(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
@@ -110,6 +117,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     torch.rms_norm: rms_norm,
     F.rms_norm: rms_norm,
     Tensor.repeat_interleave: repeat_interleave,
+    Tensor.tile: tile,
     Tensor.unfold: unfold,
     F.fold: fold,
     F.adaptive_avg_pool2d: adaptive_avg_pool2d,

@@ -12,6 +12,8 @@ CALLS = {
     "rms_norm": lambda: F.rms_norm(x, (12, 8), torch.linspace(1, 2, 96).view(12, 8), 1e-5),
     "rms_norm of its own eps": lambda: torch.rms_norm(x, (8,)),
     "repeat_interleave": lambda: x.repeat_interleave(3, -1),
+    "tile": lambda: x.tile((2, 3)),
+    "tile of numbers": lambda: x.tile(1, 2, 1, 3),
     "unfold": lambda: x.unfold(2, 5, 3).unfold(-2, 4, 2),
     "fold": lambda: F.fold(
         columns, (9, 13), (3, 2), padding=(1, 0), stride=(2, 2), dilation=(1, 2)
@@ -37,6 +39,7 @@ def test_the_translation_computes_the_same(name):
     [
         lambda: x.repeat_interleave(torch.tensor([1, 2]), 0),
         lambda: x.repeat_interleave(2),
+        lambda: x.tile(2, 1, 1, 1, 3),
         lambda: F.adaptive_avg_pool2d(x, 1),
     ],
 )
@@ -54,7 +57,8 @@ class Windows(torch.nn.Module):
     def forward(self, x):
         patches = F.unfold(x + 1, 3, padding=1, stride=2)
         folded = F.fold(patches, (12, 8), 3, padding=1, stride=2)
-        return x.unfold(2, 4, 4).mean(-1), folded, F.adaptive_avg_pool2d(x * 2, 4)
+        tiled = x.tile((x.shape[-2] // 4, 3))
+        return x.unfold(2, 4, 4).mean(-1), folded, F.adaptive_avg_pool2d(x * 2, 4), tiled
 
 
 def test_what_is_written_runs_in_onnx_runtime(tmp_path):
