@@ -21,6 +21,7 @@ from ptq4vit_plugin.sealing import BLANK, check_seal, seal
 
 try:
     import openvino
+    from openvino.passes import ConstantFolding, Manager
 except ImportError as missing:
     raise ExportError(
         f"format 'openvino' needs {missing.name}: pip install 'ptq4vit-plugin[openvino]'"
@@ -153,8 +154,9 @@ def _runner(model: openvino.Model, settings: dict[str, str]) -> Callable[[Tensor
 def _in_float(model: openvino.Model) -> Callable[[Tensor], Any]:
     """Run a model in float arithmetic, compiled anew for every shape of images.
 
-    OpenVINO 2026.4 computes fake-quantize behind a convolution wrongly in this mode where
-    dimensions are dynamic; with its integer kernels it does not.
+    In this mode OpenVINO 2026.4 computes a sum with a convolution wrongly where dimensions are
+    dynamic, and fails to turn 1x1 convolutions of int8 weights into products in HaloNet. So shapes
+    are fixed and weights made float first. Its integer kernels need neither.
     """
     compiled: dict[torch.Size, openvino.CompiledModel] = {}
 
@@ -162,6 +164,9 @@ def _in_float(model: openvino.Model) -> Callable[[Tensor], Any]:
         if images.shape not in compiled:
             fixed = model.clone()
             fixed.reshape(list(images.shape))
+            folding = Manager()
+            folding.register_pass(ConstantFolding())
+            folding.run_passes(fixed)
             compiled[images.shape] = _compiled(fixed, IN_FLOAT)
         return compiled[images.shape](images.numpy())
 
