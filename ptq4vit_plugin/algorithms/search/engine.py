@@ -54,13 +54,14 @@ class Stage:
 #: search begins with all candidates until the other's scale has been searched once.
 SCHEDULE = (Stage(1 / 64, 128, 48), Stage(1 / 12, 512, 24, 1.3))
 #: The same for products of attention: whole images are drawn there, which says less.
-BATCHED_SCHEDULE = (Stage(1 / 48, 256, 24), Stage(1 / 12, 512, 12))
+BATCHED_SCHEDULE = (Stage(1 / 48, 256, 48), Stage(1 / 12, 512, 32))
 #: The same for an operand with one scale, whose loss is a smooth curve.
 SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 8, 1.1))
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
-#: Candidates per group, the best of the search before, that later searches compare at most. (Before
-#: the other's scale has been searched, the best say little: 12 of these put objectives 1 % higher.)
+#: Candidates per group, the best of the search before, that later searches compare at most; products
+#: of attention compare all survivors again. (Before the other's scale has been searched, the best
+#: say little: 12 of these put objectives 1 % higher.)
 LATER = 12
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
 #: column in so many.
@@ -232,7 +233,10 @@ class _Search:
         which = which.to(current.device).scatter_(0, candidates, True)
         choice, losses = self._compared(operand, which)
         if turn >= self._settled[operand] and losses is not None:
-            number = min(LATER, schedule[-1].keep, len(losses))
+            most = schedule[-1].keep
+            if self.problem.output.shape[0] == 1:
+                most = min(most, LATER)
+            number = min(most, len(losses))
             least, best = losses.topk(number, dim=0, largest=False)
             self._survivors[operand] = torch.where(least.isinf(), best[0], best)
         return choice
