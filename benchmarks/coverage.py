@@ -333,6 +333,8 @@ def exported(name: str) -> dict[str, Any]:
         with torch.no_grad():
             logits = result(images)
             converted = openvino.convert_model(result, example_input=images)
+        # Without 8-bit kernels OpenVINO's sums with convolutions are wrong where the batch is free.
+        converted.reshape(list(images.shape))
         figures["openvino_db"] = openvino_db(converted, images, logits, FLOAT_KERNELS)
         if figures["openvino_db"] < MATCHING_DB:
             figures["openvino_int8_db"] = openvino_db(converted, images, logits, EXACT)
