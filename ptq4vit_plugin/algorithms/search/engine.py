@@ -59,9 +59,9 @@ BATCHED_SCHEDULE = (Stage(1 / 48, 256, 48), Stage(1 / 12, 512, 32))
 SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 8, 1.1))
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
-#: Candidates per group, the best of the search before, that later searches compare at most; products
-#: of attention compare all survivors again. (Before the other's scale has been searched, the best
-#: say little: 12 of these put objectives 1 % higher.)
+#: Candidates per group, the best of the search before, that later searches compare at most; in
+#: products of attention they compare all survivors again. (Before the other's scale has been
+#: searched, the best say little: 12 of these put objectives 1 % higher.)
 LATER = 12
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
 #: column in so many.
