@@ -7,6 +7,7 @@ import torch
 
 from ptq4vit_plugin.algorithms.search import elimination, engine, gemm, objective, problem, sampling
 from ptq4vit_plugin.algorithms.search.engine import search
+from ptq4vit_plugin.algorithms.search.expansion import Expansion
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELU
@@ -352,6 +353,69 @@ def test_fast_finds_what_exhaustive_finds(kind, bits, monkeypatch):
     assert fast.evaluations < best.evaluations / (5 if kind in ("linear", "gelu") else 1)
     again = search(op, a, b, order=order, strategy="fast")
     assert torch.equal(fast.a_index, again.a_index) and torch.equal(fast.b_index, again.b_index)
+
+
+def test_fast_tries_all_candidates_again_when_the_other_scale_has_moved(monkeypatch):
+    monkeypatch.setattr(engine, "AHEAD", 0)
+    # The best activation scale of the first round is the third best of the last one, and the best
+    # one of the last round was not among the eight best of the first.
+    op, a, b, order = structured("gelu", 4, seed=23)
+    best = search(op, a, b, order=order, strategy="exhaustive")
+    fast = search(op, a, b, order=order, strategy="fast")
+    assert torch.equal(fast.a_index, best.a_index)
+    assert fast.after <= best.after * 1.001
+
+
+@pytest.mark.parametrize("quantized, rounds", [(False, 3), (True, 1)])
+def test_fast_is_rough_only_with_what_it_searches_again(quantized, rounds, monkeypatch):
+    monkeypatch.setattr(engine, "AHEAD", 0)
+    op, a, b, order = structured("linear", 4, seed=4)
+    a = a if quantized else None
+    best = search(op, a, b, order=order, rounds=rounds, strategy="exhaustive")
+    monkeypatch.setattr(engine, "ROUGH_SCHEDULE", (engine.Stage(1 / 100, 64, 1),))
+    fast = search(op, a, b, order=order, rounds=rounds, strategy="fast")
+    assert fast.after <= best.after * 1.001
+
+
+@pytest.mark.parametrize("metric", ["hessian", "mse", "linear_weighted_l2"])
+@pytest.mark.parametrize("kind", ["linear", "gelu", "conv"])
+def test_an_expansion_knows_the_loss_where_it_has_all_rows(kind, metric):
+    op, a, b, _ = random_op(kind)
+    everything = problem.problem_of(op, {"a": a, "b": b}, metric, 3)
+    a_index = None if a is None else torch.full((1, 1, 1, 1), 17)
+    expansion = Expansion(everything, a_index)
+    shape = b.grouping.shape
+    candidates = torch.stack([torch.full(shape, i) for i in (2, 9, 16, b.n)])
+    found = expansion.losses(everything, candidates)
+    for index, losses in zip(candidates, found, strict=True):
+        expected = simple_loss(op, a, b, {"a": a_index, "b": index}, metric, "b", 3)
+        assert losses.shape == shape
+        for (head, column), loss in expected.items():
+            assert float(losses[0, head, 0, column]) == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_an_expansion_tells_candidates_apart_better_than_a_sample(in_blocks, bits):
+    op, a, b, _ = structured("linear", bits, seed=3)
+    everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
+    a_index = torch.full((1, 1, 1, 1), a.n)
+    rows = everything.row_loss(a_index, torch.full((1, 1, 1, 96), b.n), groups=12)
+    sample = everything.sample(1 / 16, 64, list(rows), in_blocks)
+    candidates = torch.arange(60, 100)[:, None, None, None, None].expand(-1, 1, 1, 1, 96)
+    view = objective.View("element")
+    whole, plain = (
+        torch.stack([part.loss(a_index, index, "b", view) for index in candidates])
+        for part in (everything, sample)
+    )
+    expanded = Expansion(everything, a_index).losses(sample, candidates)
+    close = whole < 1.3 * whole.amin(0)  # those that are hard to tell apart
+    noise = []
+    for estimate in (plain, expanded):
+        error = (estimate - whole) / whole.amin(0)
+        error -= (error * close).sum(0) / close.sum(0)
+        noise.append(float(error[close].square().mean().sqrt()))
+    assert noise[1] < 0.1 and noise[1] < noise[0] / 1.5
 
 
 @pytest.mark.parametrize("kind", ["linear", "attention"])

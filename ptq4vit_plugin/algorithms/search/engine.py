@@ -13,7 +13,8 @@ clipping ones.
 - Otherwise, successive halving (`SCHEDULE`): all candidates on a small sample of rows, the best of
   every group on a larger one, the last survivors on all rows. A row is drawn with a probability
   proportional to its share, which differs between output columns (those of q, k, v), so that a
-  weight's columns draw their own rows in blocks of up to 32.
+  weight's columns draw their own rows in blocks of up to 64. Of a weight's losses only the part
+  that varies least is left to the sample (see `expansion`).
 - Products of attention: the same, but survivors are compared on the largest rows and a sample of
   the others, so many that the loss of every head is known to `SURE`.
 
@@ -22,7 +23,7 @@ evaluated twice; an operand is not searched again while the other's choice stand
 round on survivors are compared together with the current choice, so that with an error metric the
 objective on the rows compared never rises; objectives that are reported are of all rows. Heuristic,
 in `fast` only: a candidate that loses on a sample is dropped, survivors are compared up to `SURE`,
-and later searches of an operand try what was best in an earlier one (`LATER`, `HOPELESS`).
+and elimination leaves out what was hopeless in an earlier search (`HOPELESS`).
 """
 
 import math
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from ptq4vit_plugin.algorithms.search import elimination
 from ptq4vit_plugin.algorithms.search.elimination import share_ahead
+from ptq4vit_plugin.algorithms.search.expansion import Expansion
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.search.objective import View, is_angle, view
 from ptq4vit_plugin.algorithms.search.problem import Problem, Quantizer, as_bytes, problem_of
@@ -50,19 +52,18 @@ class Stage:
     far: float = math.inf  #: loss over the best one's from which on they do not
 
 
-#: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows. An operand's
-#: search begins with all candidates until the other's scale has been searched once.
+#: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows.
 SCHEDULE = (Stage(1 / 64, 128, 48), Stage(1 / 12, 512, 24, 1.3))
+#: The same for a weight whose losses are known but for their quadratic part (see `expansion`).
+EXPANDED_SCHEDULE = (Stage(1 / 32, 256, 24), Stage(1 / 8, 768, 12, 1.15))
+#: The same for its first search, whose choice is made again when the other operand has its scale.
+ROUGH_SCHEDULE = (Stage(1 / 64, 128, 16), Stage(1 / 12, 512, 4, 1.1))
 #: The same for products of attention: whole images are drawn there, which says less.
-BATCHED_SCHEDULE = (Stage(1 / 48, 256, 48), Stage(1 / 12, 512, 32))
+BATCHED_SCHEDULE = (Stage(1 / 48, 256, 32), Stage(1 / 12, 512, 16), Stage(1 / 4, 2048, 6))
 #: The same for an operand with one scale, whose loss is a smooth curve.
-SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 8, 1.1))
+SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 8, 1.1), Stage(1 / 4, 1024, 3))
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
-#: Candidates per group, the best of the search before, that later searches compare at most; in
-#: products of attention they compare all survivors again. (Before the other's scale has been
-#: searched, the best say little: 12 of these put objectives 1 % higher.)
-LATER = 12
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
 #: column in so many.
 PROBES, PROBED_COLUMNS = (0.25, 0.5), 4
@@ -70,9 +71,9 @@ PROBES, PROBED_COLUMNS = (0.25, 0.5), 4
 #: `fast` searches by elimination.
 AHEAD = 0.1
 #: Loss over the best one's, beyond which later searches leave a candidate out. They fix the other
-#: operand at another scale, which changes the root of a loss by no more than the root of that
-#: operand's own share of it: about as much as the best candidate's whole loss.
-HOPELESS = 16.0
+#: operand at another scale, which changes the root of a loss by no more than the root of what that
+#: operand loses before and after: each about the best candidate's whole loss.
+HOPELESS = 64.0
 #: Columns with so many candidates are evaluated with those alone that have as many; beyond, with
 #: those up to the next power of two.
 ALONE = 8
@@ -117,9 +118,7 @@ def _indifferent(candidates: Tensor, losses: Tensor) -> Tensor:
 class _Search:
     """State of one op's search: the current choice, the losses known so far, the cost."""
 
-    def __init__(
-        self, problem: Problem, order: tuple[str, str], reduce: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, problem: Problem, reduce: Callable[[Tensor], Tensor]) -> None:
         self.problem = problem
         self.reduce = reduce
         self.evaluations = 0.0
@@ -127,18 +126,15 @@ class _Search:
         self.index: dict[str, Tensor | None] = {"a": None, "b": None}
         self._views: dict[str, View] = {}
         self._losses: dict[tuple, Tensor] = {}
-        self._samples: dict[tuple[Stage, bool], Problem | None] = {}
+        self._samples: dict[tuple[Stage, bool, bool], Problem | None] = {}
         self._rows: list[Tensor] | None = None
         self._finals = problem  #: on what the last survivors are compared
         self._pieces: list[Problem] = []  #: of rows sorted by what is lost on them
         self._weighed = torch.ones(1)  #: positive where a head and column has a gradient
         #: Of the present choice, its losses on every piece.
         self._known: tuple[tuple, Tensor] | None = None
-        #: What later searches begin with: candidates by halving, which of all by elimination.
-        self._survivors: dict[str, Tensor] = {}
+        #: By elimination, the candidates that later searches begin with.
         self._alive: dict[str, Tensor] = {}
-        # The round in which an operand first meets a searched scale of the other.
-        self._settled = {order[0]: 1, order[1]: 0}
         quantizers = {k: q for k, q in problem.quantizers.items() if q is not None}
         columns = problem.output.shape[3]
         per_column = any(1 < q.grouping.shape[3] == columns for q in quantizers.values())
@@ -164,10 +160,9 @@ class _Search:
             return
         groups = self._rows[0].shape[3]
         columns = self.problem.output.shape[3]
-        some = torch.arange(
-            0, columns, math.gcd(PROBED_COLUMNS, columns // groups), device=self.problem.a.device
-        )
-        part = self.problem.of_columns(some)
+        step = math.gcd(PROBED_COLUMNS, columns // groups)
+        some = torch.arange(0, columns, step, device=self.problem.a.device)
+        part = self.problem if step == 1 else self.problem.of_columns(some)
         moved = ("a", "b") if self.problem.output.shape[0] > 1 else ("a",)
         for share in PROBES:
             probe = {"a": self.index["a"], "b": _of_columns(self.index["b"], some)}
@@ -206,43 +201,54 @@ class _Search:
     def exhaustive(self, operand: str) -> Tensor:
         """The best candidate of every group, all evaluated on all data."""
         every = torch.ones_like(self._candidates(operand), dtype=torch.bool)
-        return self._compared(operand, every)[0]
+        return self._compared(operand, every)
 
-    def fast(self, operand: str, turn: int) -> Tensor:
+    def fast(self, operand: str, turn: int, again: bool) -> Tensor:
         """The same by successive halving (see `SCHEDULE`), in round `turn`, from 0.
 
-        Or by elimination, for certain, where few rows carry nearly everything.
+        Or by elimination, for certain, where few rows carry nearly everything. `again` says that
+        the operand will be searched again whatever the choice is.
         """
         if self._pieces:
-            return self._certain(operand, turn)
+            return self._certain(operand)
         current = self.index[operand]
         assert current is not None
-        schedule = self._schedule(operand)
-        candidates = self._survivors.get(operand)
-        if candidates is None:
-            candidates = self._candidates(operand)
-            for stage in schedule:
-                sample = self._sample(stage, operand)
-                if sample is not None and len(candidates) > stage.keep:
-                    groups = self._evaluate(sample, operand, candidates)
-                    candidates = self._best(candidates, groups, stage.keep, stage.far, current)
+        candidates = self._halved(operand, self._schedule(operand, again))
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])
         # The start scales, the last row, may be a group's choice still.
         which = torch.zeros(len(self._candidates(operand)) + 1, *current.shape, dtype=torch.bool)
         which = which.to(current.device).scatter_(0, candidates, True)
-        choice, losses = self._compared(operand, which)
-        if turn >= self._settled[operand] and losses is not None:
-            most = schedule[-1].keep
-            if self.problem.output.shape[0] == 1:
-                most = min(most, LATER)
-            number = min(most, len(losses))
-            least, best = losses.topk(number, dim=0, largest=False)
-            self._survivors[operand] = torch.where(least.isinf(), best[0], best)
-        return choice
+        return self._compared(operand, which)
 
-    def _certain(self, operand: str, turn: int) -> Tensor:
-        """The best candidate of every group (see `elimination`); round `turn`, from 0."""
+    def _halved(self, operand: str, schedule: tuple[Stage, ...]) -> Tensor:
+        """The candidates ``[n, *group shape]`` that survive the stages of `schedule`."""
+        current = self.index[operand]
+        assert current is not None
+        expanded, expansion = schedule in (EXPANDED_SCHEDULE, ROUGH_SCHEDULE), None
+        candidates = everything = self._candidates(operand)
+        for stage in schedule:
+            sample = self._sample(stage, operand, expanded)
+            if sample is None or len(candidates) <= stage.keep:
+                continue
+            if expanded:
+                if expansion is None:
+                    expansion = Expansion(self.problem, self.index["a"])
+                    self.evaluations += expansion.cost
+                losses = self.reduce(expansion.losses(sample, candidates))
+                self.evaluations += len(candidates) * sample.cost
+            else:
+                losses = torch.stack([self._loss(sample, operand, c) for c in candidates])
+            if candidates is everything:
+                self.curves[operand] = losses.flatten(1).sum(1).tolist()
+            groups = self._summed(operand, losses)
+            candidates = self._best(candidates, groups, stage.keep, stage.far, current)
+        if schedule == ROUGH_SCHEDULE:
+            self._samples.clear()  # nothing else has been sampled yet, and these are done with
+        return candidates
+
+    def _certain(self, operand: str) -> Tensor:
+        """The best candidate of every group (see `elimination`)."""
         current = self.index[operand]
         assert current is not None
         candidates = self._candidates(operand)
@@ -261,9 +267,8 @@ class _Search:
             alive,
             known,
         )
-        if turn >= self._settled[operand]:
-            least = bounds.gather(0, choice[None])
-            self._alive.setdefault(operand, bounds <= HOPELESS * least)
+        least = bounds.gather(0, choice[None])
+        self._alive.setdefault(operand, bounds <= HOPELESS * least)
         # A group without a gradient keeps its choice; what it loses is zero anyway.
         choice = torch.where(weighed[0], choice, current)
         key = self._key(self.problem, operand, choice)
@@ -325,7 +330,8 @@ class _Search:
         size = torch.where(count > ALONE, 2 ** count.clamp_min(1).log2().ceil(), count)
         for value in size[count > 0].unique():
             chosen = (size == value).nonzero()[:, 0]
-            if len(chosen) == columns:
+            # To gather columns takes about as long as to evaluate them once.
+            if len(chosen) == columns or (value == 1 and 2 * len(chosen) > columns):
                 yield problem, None
             else:
                 yield problem.of_columns(chosen), chosen
@@ -341,12 +347,16 @@ class _Search:
         best = torch.where(losses > far * losses[0], best[0], best)
         return torch.where(_indifferent(candidates, groups), current, best)
 
-    def _schedule(self, operand: str) -> tuple[Stage, ...]:
+    def _schedule(self, operand: str, again: bool) -> tuple[Stage, ...]:
         if is_angle(self.problem.metric):
             return ANGLE_SCHEDULE
         if self.problem.output.shape[0] > 1:
             return BATCHED_SCHEDULE
-        return SINGLE_SCHEDULE if self.index[operand].numel() == 1 else SCHEDULE
+        if self.index[operand].numel() == 1:
+            return SINGLE_SCHEDULE
+        if operand == "a" or self.problem.metric == "l1":
+            return SCHEDULE
+        return ROUGH_SCHEDULE if again else EXPANDED_SCHEDULE
 
     def _candidates(self, operand: str) -> Tensor:
         """All table rows to try, ``[n, *group shape]``."""
@@ -355,11 +365,10 @@ class _Search:
         rows = torch.arange(quantizer.n, device=current.device).view(-1, *[1] * current.dim())
         return rows.expand(-1, *current.shape)
 
-    def _compared(self, operand: str, which: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _compared(self, operand: str, which: Tensor) -> Tensor:
         """The first best of candidates `which`, ``[n, *group shape]``, on (nearly) all rows.
 
-        Groups for which all are equal keep their choice. With it come the losses of `which`, in
-        its shape, infinite elsewhere; None if the present choice is all there is.
+        Groups for which all are equal keep their choice.
         """
         current = self.index[operand]
         assert current is not None
@@ -373,7 +382,7 @@ class _Search:
             losses = self._losses_of(self._finals, operand, which & ~its)
             losses = torch.where((which & its).expand_as(losses), known[None], losses)
         else:
-            return current, None
+            return current
         totals = self._summed(operand, losses).masked_fill(~which, torch.inf)
         every = len(self._candidates(operand))
         if which[:every].all():
@@ -383,16 +392,7 @@ class _Search:
         # Groups do not interact: the loss of the mixed choice is known without evaluating it.
         at = choice.clamp_max(len(which) - 1).expand(losses.shape[1:])[None]
         self._losses[self._key(self._finals, operand, choice)] = losses.gather(0, at)[0]
-        return choice, totals
-
-    def _evaluate(self, problem: Problem, operand: str, candidates: Tensor) -> Tensor:
-        """Losses of candidates per group, stacked."""
-        losses = torch.stack([self._loss(problem, operand, c) for c in candidates])
-        quantizer = problem.quantizers[operand]
-        assert quantizer is not None
-        if len(candidates) == quantizer.n and torch.equal(candidates, self._candidates(operand)):
-            self.curves[operand] = losses.flatten(1).sum(1).tolist()
-        return torch.stack([quantizer.grouping.sum(x) for x in losses])
+        return choice
 
     def _loss(self, problem: Problem, operand: str, index: Tensor) -> Tensor:
         """Loss at `index` of `operand` and the current choice of the other; remembered."""
@@ -413,14 +413,18 @@ class _Search:
             *(None if choice[k] is None else as_bytes(choice[k]) for k in ("a", "b")),
         )
 
-    def _sample(self, stage: Stage, operand: str) -> Problem | None:
+    def _sample(self, stage: Stage, operand: str, expanded: bool) -> Problem | None:
         quantizer = self.problem.quantizers[operand]
         assert quantizer is not None
         batch, heads, _, columns = self.problem.output.shape
         in_blocks = batch == heads == 1 and 1 < quantizer.grouping.shape[3] == columns
-        key = (stage, in_blocks)
+        key = (stage, in_blocks, expanded)
         if key not in self._samples:
-            sample = self.problem.sample(stage.fraction, stage.minimum, self._rows, in_blocks)
+            rows = self._rows
+            if expanded and rows is not None:
+                # What a weight's error makes of a row grows with the row.
+                rows = [rows[0] * self.problem.a.square().sum(3, keepdim=True)]
+            sample = self.problem.sample(stage.fraction, stage.minimum, rows, in_blocks)
             self._samples[key] = self._together(sample)
         return self._samples[key]
 
@@ -488,7 +492,7 @@ def search(
             for q in (a, b)
         ]
         return SearchResult(starts[0], starts[1], 0.0, 0.0, 0.0)
-    state = _Search(problem_of(gemm, quantizers, metric, images), order, reduce)
+    state = _Search(problem_of(gemm, quantizers, metric, images), reduce)
     before = state.start()
     if strategy == "fast":
         state.probe()
@@ -499,11 +503,14 @@ def search(
             with_ = b"" if fixed is None else as_bytes(fixed)
             if quantizers[operand] is None or searched_with.get(operand) == with_:
                 continue
-            searched_with[operand] = with_
             if strategy == "exhaustive":
                 state.index[operand] = state.exhaustive(operand)
+                again = False
             else:
-                state.index[operand] = state.fast(operand, turn)
+                again = turn == 0 < rounds - 1 and operand == order[0] and fixed is not None
+                state.index[operand] = state.fast(operand, turn, again)
+            if not again:
+                searched_with[operand] = with_
     after = state.objective()
     return SearchResult(
         state.index["a"],

@@ -18,8 +18,10 @@ from ptq4vit_plugin.algorithms.search.objective import (
 from ptq4vit_plugin.algorithms.search.sampling import draw, enough, largest_and, merged, shares
 from ptq4vit_plugin.integrations.device import has_int8_dot
 
-#: Elements of the output per chunk: 1 MB, which stays in a core's share of the last-level cache.
-CHUNK = 1 << 18
+#: Elements of the output per chunk: few enough to stay in the last-level cache, enough rows for a
+#: matrix product to reach its rate. Batched ops pass over their operands and outputs more often
+#: than they multiply, and take less.
+CHUNK, BATCHED_CHUNK = 1 << 20, 1 << 18
 #: A sample of more than this share of the rows is not worth making.
 MOST = 0.7
 
@@ -93,10 +95,10 @@ class Problem:
         `searched` names the operand that changes from call to call; the other is quantized once.
         """
         total: Tensor | None = None
-        for error, output, weight in self._errors(a_index, b_index, searched, view):
+        for error, output, weight in self.errors(a_index, b_index, searched, view):
             if is_angle(self.metric):
                 if self.bias is not None:
-                    output = output + self._in_blocks(self.bias)
+                    output = output + self.in_blocks(self.bias)
                 whole = error.shape[0] > 1 or self.output.shape[0] > 1
                 images = 1 if whole else error.shape[2] * self.images // self.output.shape[2]
                 part = angle_loss(self.metric, error, output, view, images, weight)
@@ -112,7 +114,7 @@ class Problem:
     ) -> tuple[Tensor, Tensor]:
         """Loss and gradient energy ``[B,H,N,G]`` of rows in G blocks of columns (error metrics)."""
         losses, energies = [], []
-        for error, _, weight in self._errors(a_index, b_index, "a", View("head")):
+        for error, _, weight in self.errors(a_index, b_index, "a", View("head")):
             energy = torch.ones_like(error) if weight is None else weight.square()
             if weight is not None:
                 error.mul_(weight)
@@ -122,7 +124,7 @@ class Problem:
         along = 0 if self.output.shape[0] > 1 else 2
         return torch.cat(losses, along), torch.cat(energies, along)
 
-    def _errors(
+    def errors(
         self, a_index: Tensor | None, b_index: Tensor | None, searched: str, view: View
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield ``(error, output, weight)`` of every chunk at the given choice."""
@@ -156,11 +158,11 @@ class Problem:
         if operand == "a":
             return terms
         return [
-            (self._in_blocks(codes), None if scale is None else self._in_blocks(scale))
+            (self.in_blocks(codes), None if scale is None else self.in_blocks(scale))
             for codes, scale in terms
         ]
 
-    def _in_blocks(self, x: Tensor) -> Tensor:
+    def in_blocks(self, x: Tensor) -> Tensor:
         """The right operand, or a bias, as the column blocks need it."""
         if self.blocks > 1:
             x = x.unflatten(3, (self.blocks, -1))[0, 0].transpose(0, 1)[None]
@@ -178,7 +180,7 @@ class Problem:
         """Slices of the first and the third dimension whose outputs fit `CHUNK`."""
         batch, heads, rows, columns = self.output.shape
         if batch > 1:
-            step = max(1, CHUNK // (heads * rows * columns))
+            step = max(1, BATCHED_CHUNK // (heads * rows * columns))
             return [(slice(i, min(i + step, batch)), slice(None)) for i in range(0, batch, step)]
         unit = rows // self.images if view.kind == "column" else 1
         step = unit * max(1, CHUNK // (heads * columns * unit))

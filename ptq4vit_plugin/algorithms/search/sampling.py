@@ -15,7 +15,7 @@ from torch import Tensor
 #: Output columns whose losses are told apart from those of others.
 JUDGED = 8
 #: Widest block of output columns that draws its own sample of rows.
-BLOCK = 32
+BLOCK = 64
 
 
 def judged_width(columns: int) -> int:
