@@ -350,7 +350,7 @@ def test_fast_finds_what_exhaustive_finds(kind, bits, monkeypatch):
     # Here every element's gradient is independent, which is harder than real ops.
     assert fast.after <= best.after * 1.001
     # The matmuls are so small that the least sample is a good part of them.
-    assert fast.evaluations < best.evaluations / (5 if kind in ("linear", "gelu") else 1)
+    assert fast.evaluations < best.evaluations / (6 if kind in ("linear", "gelu") else 1)
     again = search(op, a, b, order=order, strategy="fast")
     assert torch.equal(fast.a_index, again.a_index) and torch.equal(fast.b_index, again.b_index)
 
