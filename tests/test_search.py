@@ -176,6 +176,7 @@ def test_chunk_size_does_not_matter(kind, metric, chunk, monkeypatch):
     op, a, b, arguments = random_op(kind)
     expected = search(op, a, b, metric=metric, **arguments)
     monkeypatch.setattr(problem, "CHUNK", chunk)
+    monkeypatch.setattr(problem, "BATCHED_CHUNK", chunk)
     result = search(op, a, b, metric=metric, **arguments)
     assert torch.equal(result.b_index, expected.b_index)
     assert result.after == pytest.approx(expected.after, rel=1e-5)

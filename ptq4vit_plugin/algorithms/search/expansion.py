@@ -1,4 +1,4 @@
-"""Losses of a weight's candidates, of which only the smallest part is left to a sample.
+"""Losses of a weight's candidates, of which only the quadratic part is left to a sample.
 
 With the other operand at its choice ``a^``, the error of a candidate ``b^`` is what is lost with
 the weight as it is and what the weight's own error adds, ``(a^ b - O) + a^ (b^ - b)``. Squared and
