@@ -13,17 +13,18 @@ clipping ones.
 - Otherwise, successive halving (`SCHEDULE`): all candidates on a small sample of rows, the best of
   every group on a larger one, the last survivors on all rows. A row is drawn with a probability
   proportional to its share, which differs between output columns (those of q, k, v), so that a
-  weight's columns draw their own rows in blocks of up to 64. Of a weight's losses only the part
-  that varies least is left to the sample (see `expansion`).
+  weight's columns draw their own rows in blocks of up to 64. Of a weight's losses only the
+  quadratic part is left to the sample (see `expansion`), and its first search is a rough one.
 - Products of attention: the same, but survivors are compared on the largest rows and a sample of
   the others, so many that the loss of every head is known to `SURE`.
 
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
-evaluated twice; an operand is not searched again while the other's choice stands; from the second
-round on survivors are compared together with the current choice, so that with an error metric the
-objective on the rows compared never rises; objectives that are reported are of all rows. Heuristic,
-in `fast` only: a candidate that loses on a sample is dropped, survivors are compared up to `SURE`,
-and elimination leaves out what was hopeless in an earlier search (`HOPELESS`).
+evaluated twice; an operand is not searched again while the other's choice stands (but after its
+first search, which may have been rough); from the second round on survivors are compared together
+with the current choice, so that with an error metric the objective on the rows compared never
+rises; objectives that are reported are of all rows. Heuristic, in `fast` only: a candidate that
+loses on a sample is dropped, survivors are compared up to `SURE`, and elimination leaves out what
+was hopeless in an earlier search (`HOPELESS`).
 """
 
 import math
@@ -508,12 +509,12 @@ def search(
                 continue
             if strategy == "exhaustive":
                 state.index[operand] = state.exhaustive(operand)
-                again = False
             else:
                 again = turn == 0 < rounds - 1 and operand == order[0] and fixed is not None
                 state.index[operand] = state.fast(operand, turn, again)
-            if not again:
-                searched_with[operand] = with_
+                if again:
+                    continue
+            searched_with[operand] = with_
     after = state.objective()
     return SearchResult(
         state.index["a"],

@@ -7,19 +7,16 @@ summed with the metric's weights ``w^2``, that is, per output column,
     sum w^2 (a^ b - O)^2  +  2 S . (b^ - b)  +  sum w^2 (a^ (b^ - b))^2,  S = a^T (w^2 (a^ b - O)).
 
 The first two are known for all candidates, on all rows, after two products. Only the third is
-estimated on a sample. It is the part that differs least from row to row: of candidates that lose
-about the same, a sample tells the difference two to three times as exactly as with all three.
+estimated on a sample: of candidates that lose about the same, a sample tells the difference 1.5 to
+4 times as exactly as with all three (docs/performance.md).
 """
 
 import torch
 from torch import Tensor
 
-from ptq4vit_plugin.algorithms.search.gemm import Terms
+from ptq4vit_plugin.algorithms.search.gemm import product
 from ptq4vit_plugin.algorithms.search.objective import View
 from ptq4vit_plugin.algorithms.search.problem import CHUNK, Problem
-
-#: Output elements of the candidates that are multiplied at a time.
-TOGETHER = CHUNK
 
 
 class Expansion:
@@ -43,7 +40,7 @@ class Expansion:
     def __init__(self, problem: Problem, a_index: Tensor | None) -> None:
         self.cost = 2 * problem.cost
         self._problem, self._a_index = problem, a_index
-        a = _dense(problem.fixed("a", a_index))
+        a = problem.fixed("a", a_index)
         self._constant = problem.output.new_zeros(
             1, problem.output.shape[1], 1, problem.output.shape[3], dtype=torch.float64
         )
@@ -57,19 +54,20 @@ class Expansion:
             self._constant += error.square().sum(2, keepdim=True)
             if weight is not None:
                 error.mul_(weight)
-            self._slope[0].baddbmm_(a[0, :, rows].transpose(1, 2), error[0])
+            part = [(codes[:, :, rows].transpose(2, 3), scale) for codes, scale in a]
+            self._slope += product(part, [(error, None)])
 
     def losses(self, sample: Problem, candidates: Tensor) -> Tensor:
         """Estimated losses ``[n, 1, H, 1, O]`` of `candidates`, ``[n, *group shape]``, float64."""
         quantizer, b = self._problem.quantizers["b"], self._problem.b
         assert quantizer is not None
-        a = _dense(sample.fixed("a", self._a_index))
+        a = sample.fixed("a", self._a_index)
         found = []
-        for some in candidates.split(max(1, TOGETHER // sample.output.numel())):
+        for some in candidates.split(max(1, CHUNK // sample.output.numel())):
             changes = [quantizer.fake_quantize(b, index).sub_(b) for index in some]
             known = [2 * (self._slope * change).sum(2, keepdim=True).double() for change in changes]
-            errors = torch.matmul(a, torch.cat([sample.in_blocks(x) for x in changes], 3))
-            errors = errors.unflatten(3, (len(some), -1))
+            together = torch.cat([sample.in_blocks(change) for change in changes], 3)
+            errors = product(a, [(together, None)]).unflatten(3, (len(some), -1))
             if sample.weight is not None:
                 errors.mul_(sample.weight[:, :, :, None])
             squares = errors.square_().sum(2).double()  # [1, H or blocks, n, columns]
@@ -79,9 +77,3 @@ class Expansion:
                 for linear, square in zip(known, squares, strict=True)
             ]
         return torch.stack(found)
-
-
-def _dense(terms: Terms) -> Tensor:
-    """An operand as one floating point tensor."""
-    parts = [codes.float() if scale is None else codes.float() * scale for codes, scale in terms]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
