@@ -403,7 +403,7 @@ def test_an_expansion_tells_candidates_apart_better_than_a_sample(in_blocks, bit
     everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
     a_index = torch.full((1, 1, 1, 1), a.n)
     rows = everything.row_loss(a_index, torch.full((1, 1, 1, 96), b.n), groups=12)
-    sample = everything.sample(1 / 16, 64, list(rows), in_blocks)
+    sample = everything.sample(394, list(rows), in_blocks)
     candidates = torch.arange(60, 100)[:, None, None, None, None].expand(-1, 1, 1, 1, 96)
     view = objective.View("element")
     whole, plain = (
@@ -435,7 +435,7 @@ def test_sampled_losses_estimate_the_whole(in_blocks):
     everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
     start = torch.full((1, 1, 1, 1), a.n), torch.full((1, 1, 1, 96), b.n)
     rows = everything.row_loss(*start, groups=3)
-    sample = everything.sample(1 / 8, 64, list(rows), in_blocks)
+    sample = everything.sample(788, list(rows), in_blocks)
     assert sample.cost == pytest.approx(1 / 8, rel=0.01)
     elsewhere = torch.full((1, 1, 1, 1), 60), torch.full((1, 1, 1, 96), 70)
     view = objective.View("element")

@@ -47,24 +47,35 @@ from ptq4vit_plugin.algorithms.search.sampling import judged_width, shares
 class Stage:
     """One stage of successive halving."""
 
-    fraction: float  #: of the output rows that are evaluated
-    minimum: int  #: rows, for small ops
+    rows: int  #: output rows that are evaluated, however many there are
     keep: int  #: candidates per group that go on to the next stage
     far: float = math.inf  #: loss over the best one's from which on they do not
 
 
-#: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows.
-SCHEDULE = (Stage(1 / 64, 128, 48), Stage(1 / 12, 512, 24, 1.3))
+#: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows. A stage whose
+#: sample would be most rows is left out.
+SCHEDULE = (Stage(128, 48), Stage(512, 24, 1.3))
 #: The same for a weight whose losses are known but for their quadratic part (see `expansion`).
-EXPANDED_SCHEDULE = (Stage(1 / 32, 256, 24), Stage(1 / 8, 768, 12, 1.15))
+EXPANDED_SCHEDULE = (Stage(64, 48), Stage(256, 24), Stage(768, 12, 1.15), Stage(6144, 6, 1.08))
 #: The same for its first search, whose choice is made again when the other operand has its scale.
-ROUGH_SCHEDULE = (Stage(1 / 64, 256, 16), Stage(1 / 12, 1024, 4, 1.1))
+ROUGH_SCHEDULE = (Stage(64, 48), Stage(256, 16), Stage(1024, 4, 1.1))
 #: The same for products of attention: whole images are drawn there, which says less.
-BATCHED_SCHEDULE = (Stage(1 / 48, 256, 32), Stage(1 / 12, 512, 16), Stage(1 / 4, 2048, 6))
+BATCHED_SCHEDULE = (
+    Stage(256, 24),
+    Stage(512, 12, 1.2),
+    Stage(2048, 6, 1.03),
+    Stage(8192, 4, 1.01),
+)
 #: The same for an operand with one scale, whose loss is a smooth curve.
-SINGLE_SCHEDULE = (Stage(1 / 64, 128, 12), Stage(1 / 12, 512, 8, 1.1), Stage(1 / 4, 1024, 5))
+SINGLE_SCHEDULE = (
+    Stage(32, 24),
+    Stage(128, 12),
+    Stage(512, 8, 1.1),
+    Stage(1536, 5, 1.02),
+    Stage(8192, 3, 1.01),
+)
 #: The same for angle metrics, which have no gradient to tell which rows matter.
-ANGLE_SCHEDULE = (Stage(1 / 8, 512, 24),)
+ANGLE_SCHEDULE = (Stage(1024, 24),)
 #: Candidates, as a share of the table, at which `fast` looks where clipping shows, on one output
 #: column in so many.
 PROBES, PROBED_COLUMNS = (0.25, 0.5), 4
@@ -428,7 +439,7 @@ class _Search:
             if expanded and rows is not None:
                 # What a weight's error makes of a row grows with the row.
                 rows = [rows[0] * self.problem.a.square().sum(3, keepdim=True)]
-            sample = self.problem.sample(stage.fraction, stage.minimum, rows, in_blocks)
+            sample = self.problem.sample(stage.rows, rows, in_blocks)
             self._samples[key] = self._together(sample)
         return self._samples[key]
 

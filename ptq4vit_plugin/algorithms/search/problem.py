@@ -189,23 +189,22 @@ class Problem:
     # Parts ----------------------------------------------------------------------------------------
 
     def sample(
-        self, fraction: float, least: int, rows_loss: Sequence[Tensor] | None, in_blocks: bool
+        self, count: int, rows_loss: Sequence[Tensor] | None, in_blocks: bool
     ) -> "Problem | None":
-        """A sample of a fraction of the rows, but of `least` rows; None if that is most of them.
+        """A sample of `count` rows; None if that is most of them.
 
         Error metrics (`rows_loss` from `row_loss`): rows that matter are likely to be drawn.
         Batched ops draw images per head, then rows per image; `in_blocks` draws rows per column
         block. Angle metrics: evenly spaced positions of every image.
         """
         batch, _, rows, columns = self.output.shape
-        fraction = max(fraction, least / (batch * rows))
+        fraction = count / (batch * rows)
         if fraction > MOST:
             return None
         if rows_loss is None:
             return self._spaced(fraction)
         if batch > 1:
             return self._sample_images(fraction, [x.sum(3) for x in rows_loss])
-        count = max(1, round(rows * fraction))
         groups = rows_loss[0].shape[3]
         blocks = groups // merged(groups, columns // groups) if in_blocks else 1
         if blocks == 1:  # the same rows for all columns and all groups of a convolution
@@ -305,15 +304,19 @@ class Problem:
 
     def of_columns(self, columns: Tensor) -> "Problem":
         """The problem for some output columns (error metrics)."""
+
+        def pick(x: Tensor) -> Tensor:  # several times as fast as an index
+            return x.gather(3, columns.expand(*x.shape[:3], len(columns)))
+
         weight, quantizer = self.weight, self.quantizers["b"]
         if weight is not None and weight.shape[3] > 1:
-            weight = weight[..., columns]
+            weight = pick(weight)
         if quantizer is not None and quantizer.grouping.shape[3] > 1:
             quantizer = quantizer.of_columns(columns)
         return replace(
             self,
-            b=self.b[..., columns],
-            output=self.output[..., columns],
+            b=pick(self.b),
+            output=pick(self.output),
             weight=weight,
             quantizers={**self.quantizers, "b": quantizer},
             cost=self.cost * len(columns) / self.output.shape[3],
