@@ -11,7 +11,8 @@ clipping ones.
 - Few rows carry nearly everything (`AHEAD`; often a class token's): what a candidate loses on these
   rows alone rules most candidates out, for certain (see `elimination`).
 - Otherwise, successive halving (`SCHEDULE`): all candidates on a small sample of rows, the best of
-  every group on a larger one, the last survivors on all rows. A row is drawn with a probability
+  every group on a larger one, the last survivors on all rows. What a sample tells depends on how
+  many rows it has, not on how many there are. A row is drawn with a probability
   proportional to its share, which differs between output columns (those of q, k, v), so that a
   weight's columns draw their own rows in blocks of up to 64. Of a weight's losses only the
   quadratic part is left to the sample (see `expansion`), and its first search is a rough one.
@@ -45,20 +46,19 @@ from ptq4vit_plugin.algorithms.search.sampling import judged_width, shares
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of successive halving."""
+    """One stage of successive halving; left out where its sample would be most rows."""
 
-    rows: int  #: output rows that are evaluated, however many there are
+    rows: int  #: output rows that are evaluated
     keep: int  #: candidates per group that go on to the next stage
     far: float = math.inf  #: loss over the best one's from which on they do not
 
 
-#: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows. A stage whose
-#: sample would be most rows is left out.
+#: Stages of `fast`; the survivors of the last one are compared on (nearly) all rows.
 SCHEDULE = (Stage(128, 48), Stage(512, 24, 1.3))
 #: The same for a weight whose losses are known but for their quadratic part (see `expansion`).
 EXPANDED_SCHEDULE = (Stage(64, 48), Stage(256, 24), Stage(768, 12, 1.15), Stage(6144, 6, 1.08))
 #: The same for its first search, whose choice is made again when the other operand has its scale.
-ROUGH_SCHEDULE = (Stage(64, 48), Stage(256, 16), Stage(1024, 4, 1.1))
+ROUGH_SCHEDULE = (Stage(256, 16), Stage(1024, 4, 1.1))
 #: The same for products of attention: whole images are drawn there, which says less.
 BATCHED_SCHEDULE = (
     Stage(256, 24),
