@@ -186,18 +186,22 @@ class _Search:
                     probe[operand] = torch.full_like(index, int(share * quantizer.n))
             self._rows.append(part.row_loss(probe["a"], probe["b"], groups)[0])
             self.evaluations += part.cost
+
+    def arrange(self) -> None:
+        """Choose the rows that decide (products of attention), or sort them if few have nearly all.
+
+        Sorted rows are cut in pieces, those first on which most is lost.
+        """
+        if self._rows is None:
+            return
         if self.problem.output.shape[0] > 1:
             self._finals = self._together(self.problem.weighty(self._rows, SURE)) or self.problem
-        else:
-            self._sort_rows()
-
-    def _sort_rows(self) -> None:
-        """Sort the rows by what is lost on them and cut them in pieces, if few have nearly all."""
-        assert self._rows is not None
+            return
         size = shares([x.sum((0, 1, 3))[None] for x in self._rows])[0]
         refused = float(len(size) < 2 * elimination.FIRST or share_ahead(size) > AHEAD)
         # Processes decide alike: all sort, or none does.
         if not self.reduce(torch.tensor(refused, device=size.device)) > 0:
+            self._rows = None  # elimination takes no samples, and they are large
             self.problem = self._finals = self.problem.of_rows(size.argsort(descending=True))
             self._pieces = [self.problem.of_rows(part) for part in elimination.pieces(len(size))]
             weight = self.problem.weight
@@ -511,6 +515,7 @@ def search(
     before = state.start()
     if strategy == "fast":
         state.probe()
+        state.arrange()
     searched_with: dict[str, bytes] = {}  # the other operand's choice at the last search
     for turn in range(rounds):
         for operand, other in zip(order, reversed(order), strict=True):
