@@ -110,7 +110,7 @@ class ScaleSearch(CalibratedAlgorithm):
     memory_budget: float | None = Field(
         default=None,
         gt=0,
-        description="GiB for recorded activations; default: a quarter of what one pass would "
+        description="GiB for recorded activations; default: a fifth of what one pass would "
         "record, 0.5 at least, a quarter of what is free at most",
     )
 
@@ -328,13 +328,13 @@ class ScaleSearch(CalibratedAlgorithm):
     def _budget(self, sizes: Sequence[float], free: int) -> float:
         """Bytes of recorded tensors at a time.
 
-        A quarter of everything: with the op that does not fit any more, that makes four passes, of
+        A fifth of everything: with the op that does not fit any more, that makes five passes, of
         which later ones go backward only as far as their first op.
         """
         if self.memory_budget:
             return self.memory_budget * GIB
-        quarter = sum(sizes) / 4 + max(sizes, default=0)
-        return min(max(quarter, GIB / 2), free / 4)
+        fifth = sum(sizes) / 5 + max(sizes, default=0)
+        return min(max(fifth, GIB / 2), free / 4)
 
     @torch.no_grad()
     def _search_op(
