@@ -117,13 +117,13 @@ def test_memory_budget_changes_passes_not_scales(model, quantized):
 
 
 @pytest.mark.parametrize("ops", [1, 10, 84])
-def test_default_memory_budget_makes_four_passes_at_most(ops, monkeypatch):
+def test_default_memory_budget_makes_five_passes_at_most(ops, monkeypatch):
     for size in (2**20, 2**28, 2**30):
         monkeypatch.setattr(scale_search, "recorded_bytes", lambda found, size=size: size)
         plan = [SimpleNamespace(name=str(index)) for index in range(ops)]
         found = {op.name: None for op in plan}
         groups = list(PTQ4ViT()._groups(plan, found, 1.0, 2**40))
-        assert sum(groups, []) == plan and len(groups) <= 4
+        assert sum(groups, []) == plan and len(groups) <= 5
         assert ops * size > 2**29 or len(groups) == 1
 
 
