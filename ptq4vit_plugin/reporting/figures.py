@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ptq4vit_plugin.plan import Operand
 from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord
@@ -28,6 +29,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.titley": 1.0,  # otherwise looked for, which takes long
     "grid.color": "#e6e6e6",
     "path.simplify": True,
 }
@@ -123,9 +125,7 @@ def _sensitivity(ops: Sequence[OpRecord]) -> str:
 
 def _histograms(panels: Sequence[tuple[str, OperandRecord, Operand]], source: str) -> str:
     columns, width = (4, WIDTH) if len(panels) <= 24 else (6, WIDE)
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(width, 1.5 * rows + 0.3), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=source == "softmax").flat
+    figure, grid = _panels(len(panels), columns, width, 1.5, sharex=source == "softmax")
     occupied = [
         edge
         for _, operand, _ in panels
@@ -133,23 +133,55 @@ def _histograms(panels: Sequence[tuple[str, OperandRecord, Operand]], source: st
         if count
     ]
     lowest = min(occupied) / 16  # of the softmax panels' common axis
-    for axes, (name, operand, planned) in zip(grid, panels, strict=False):
+    for axes, (name, operand, planned) in zip(grid, panels, strict=True):
         assert operand.histogram is not None
         edges, counts = list(operand.histogram.edges), operand.histogram.counts
         if source == "softmax":
             edges[0] = edges[1] / 4  # zero has no place on a logarithmic axis
             axes.set_xscale("log", base=2)
             axes.set_xlim(lowest, 1.5)
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.stairs(counts, edges, fill=True, color="#9a9a9a")
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(0.7, 3 * max(counts))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         _ranges(axes, operand, planned, lowest if source == "softmax" else edges[0])
         axes.set_title(_block(name) or name, fontsize=8)
         axes.tick_params(labelsize=6)
         axes.grid(visible=False)
-    for axes in figure.axes[len(panels) :]:
-        axes.remove()
     return _svg(figure)
+
+
+def _panels(
+    count: int, columns: int, width: float, height: float, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` small panels in rows, `width` and `height` of a row in inches.
+
+    Margins are fixed: Matplotlib's constrained layout takes seconds for dozens of panels.
+    """
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width, height * rows))
+    left, right, above, below, between = 0.4, 0.1, 0.25, 0.25, 0.45
+    panel = (width - left - right - (columns - 1) * between) / columns
+    grid = figure.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        sharex=sharex,
+        gridspec_kw={
+            "left": left / width,
+            "right": 1 - right / width,
+            "bottom": below / (height * rows),
+            "top": 1 - above / (height * rows),
+            "wspace": between / panel,
+            "hspace": (above + below) / (height - above - below),
+        },
+    )
+    panels = list(grid.flat)
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
 
 
 def _ranges(axes: Axes, operand: OperandRecord, planned: Operand, lowest: float) -> None:
@@ -184,24 +216,25 @@ def _curves(ops: Sequence[OpRecord]) -> str:
                 panels.setdefault(f"{role_of(op)}: {operand.source}", []).append(operand.curve)
     if not panels:
         return ""
-    columns = 4
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(WIDTH, 1.7 * rows + 0.3), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, grid = _panels(len(panels), 4, WIDTH, 1.7)
     blues = matplotlib.colormaps["Blues"]
-    for axes, (title, curves) in zip(grid, panels.items(), strict=False):
+    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
+        highest = 1.0
         for number, curve in enumerate(curves):
             best = min(value for value in curve if value > 0)
             shade = 0.35 + 0.65 * (number + 1) / len(curves)
             places = [i / (len(curve) - 1) for i in range(len(curve))]
             relative = [max(value, best) / best for value in curve]
             axes.plot(places, relative, color=blues(shade), linewidth=0.8)
+            highest = max(highest, *relative)
         axes.set_yscale("log")
+        # On less than half a decade no power of ten but 1 would be a tick.
+        axes.yaxis.set_major_locator(MaxNLocator(4) if highest < 5 else LogLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(title, fontsize=8)
         axes.set_xticks([0, 1], ["first", "last"])
         axes.tick_params(labelsize=6)
-    for axes in grid[len(panels) :]:
-        axes.remove()
     return _svg(figure)
 
 

@@ -4,20 +4,114 @@ Losses of rows add up and are never negative, so what a candidate has lost on so
 bound of its loss. The rows come in pieces, those first on which most is lost. After every piece the
 leader of each group is evaluated on the rest; a candidate that has already lost more than the best
 of these is out. What remains after the last piece has been evaluated on everything.
+
+Where few rows carry nearly everything (often a class token's), most candidates are out early.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from ptq4vit_plugin.algorithms.search.losses import Losses
+from ptq4vit_plugin.algorithms.search.sampling import shares
 
 #: Number of pieces; each ends at the same multiple of the rows where the one before ends.
 PIECES = 7
 #: The first piece's share of the rows, and its rows at least: with fewer, quantizing a weight costs
 #: more than multiplying by it.
 SHARE, FIRST = 1 / 128, 64
+#: Share of the loss that is still ahead, in the mean over rows that are sorted by it, up to which
+#: few rows carry nearly everything.
+AHEAD = 0.1
+#: Loss over the best one's, beyond which later searches leave a candidate out. They fix the other
+#: operand at another scale, which changes the root of a loss by no more than the root of that
+#: operand's own share of it: about as much as the best candidate's whole loss. (Where the other
+#: operand stood at its start scale that is not enough: even 64 put objectives of a ViT-S at 4 bits
+#: 0.2 % higher.)
+HOPELESS = 16.0
 #: Relative difference of losses that float32 sums may have by themselves.
 ROUNDING = 1e-5
+
+
+class Elimination:
+    """Search of the operands of an op with one batch entry by elimination.
+
+    Parameters
+    ----------
+    losses
+        Of the op, whose rows are sorted here.
+    order
+        The rows, those first on which most is lost (`deciding_rows`).
+    """
+
+    def __init__(self, losses: Losses, order: Tensor) -> None:
+        self.losses = losses
+        problem = losses.problem = losses.problem.of_rows(order)
+        self._pieces = [problem.of_rows(part) for part in pieces(len(order))]
+        #: Positive where a head and column has a gradient.
+        self._weighed = (
+            torch.ones_like(problem.output[:, :, :1])
+            if problem.weight is None
+            else losses.reduce(problem.weight.amax(2, keepdim=True))
+        )
+        #: Of the last search's choice, its losses on every piece.
+        self._known: tuple[tuple, Tensor] | None = None
+        #: Candidates that later searches begin with.
+        self._alive: dict[str, Tensor] = {}
+
+    def best(self, operand: str, turn: int, again: bool) -> Tensor:
+        """The best candidate of every group; `turn` and `again` as for `Halving.best`."""
+        losses, current = self.losses, self.losses.chosen(operand)
+        candidates = losses.candidates(operand)
+        weighed = losses.summed(operand, self._weighed[None]) > 0
+        alive = self._alive.get(operand, torch.ones_like(candidates, dtype=torch.bool))
+        alive = (alive | (candidates == current)) & weighed
+        if not alive.any():
+            return current
+        known = None
+        if self._known is not None and self._known[0] == losses.key(operand, current):
+            known = (candidates == current) & alive, self._known[1]
+        choice, bounds, on_pieces = best_candidates(
+            len(self._pieces),
+            lambda piece, which: self._on_piece(piece, operand, which),
+            lambda found: losses.summed(operand, found),
+            alive,
+            known,
+        )
+        if not again:
+            least = bounds.gather(0, choice[None])
+            self._alive.setdefault(operand, bounds <= HOPELESS * least)
+        # A group without a gradient keeps its choice; what it loses is zero anyway.
+        choice = torch.where(weighed[0], choice, current)
+        self._known = losses.key(operand, choice), on_pieces
+        losses.remember(operand, choice, on_pieces.sum(0))
+        return choice
+
+    def _on_piece(self, piece: int, operand: str, which: Tensor) -> Tensor:
+        found = self.losses.of(self._pieces[piece], operand, which)
+        if piece == 0 and operand not in self._alive:  # all candidates
+            self.losses.curves[operand] = found.flatten(1).sum(1).tolist()
+        return found
+
+
+def deciding_rows(losses: Losses, parts: Sequence[Tensor]) -> Tensor | None:
+    """The rows, those first on which most is lost, if few of them carry nearly everything.
+
+    None if not, or if the op has more than one batch entry. Processes decide alike.
+
+    Parameters
+    ----------
+    losses, parts
+        Of the op, and what every row loses, as `rows.look` returns it.
+    """
+    if losses.problem.output.shape[0] > 1:
+        return None
+    size = shares([x.sum((0, 1, 3))[None] for x in parts])[0]
+    refused = float(len(size) < 2 * FIRST or share_ahead(size) > AHEAD)
+    if losses.reduce(torch.tensor(refused, device=size.device)) > 0:
+        return None
+    return size.argsort(descending=True)
 
 
 def pieces(rows: int) -> list[slice]:

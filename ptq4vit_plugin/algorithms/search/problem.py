@@ -198,13 +198,12 @@ class Problem:
         block. Angle metrics: evenly spaced positions of every image.
         """
         batch, _, rows, columns = self.output.shape
-        fraction = count / (batch * rows)
-        if fraction > MOST:
+        if count > MOST * batch * rows:
             return None
         if rows_loss is None:
-            return self._spaced(fraction)
+            return self._spaced(count)
         if batch > 1:
-            return self._sample_images(fraction, [x.sum(3) for x in rows_loss])
+            return self._sample_images(count, [x.sum(3) for x in rows_loss])
         groups = rows_loss[0].shape[3]
         blocks = groups // merged(groups, columns // groups) if in_blocks else 1
         if blocks == 1:  # the same rows for all columns and all groups of a convolution
@@ -237,31 +236,23 @@ class Problem:
             x.view(*size.shape[:2], -1).transpose(0, 1)[..., None]
             for x in largest_and(size.flatten(0, 1), certain, more)
         )
+        a, output = picked(self.a, index), picked(self.output, index)
+        weight = None if self.weight is None else picked(self.weight, index)
+        return self._sampled(a, self.b, output, weight, factor)
 
-        def pick(x: Tensor) -> Tensor:
-            return x.gather(2, index.expand(*index.shape[:3], x.shape[3]))
-
-        weight = None if self.weight is None else pick(self.weight)
-        return self._sampled(pick(self.a), self.b, pick(self.output), weight, factor)
-
-    def _sample_images(self, fraction: float, parts: list[Tensor]) -> "Problem":
+    def _sample_images(self, count: int, parts: list[Tensor]) -> "Problem":
         """Images per head, then rows per image, by sizes of parts ``[B,H,N]``."""
         batch, heads, rows = parts[0].shape
-        chosen, first = draw(
-            shares([x.sum(2).T for x in parts]), max(2, round(batch * fraction**0.5))
-        )
+        wanted = max(2, round((batch * count / rows) ** 0.5))
+        chosen, first = draw(shares([x.sum(2).T for x in parts]), wanted)
         images, head = chosen.T, torch.arange(heads, device=chosen.device)
-        count = min(rows, max(1, round(rows * fraction * batch / len(images))))
+        count = min(rows, max(1, round(count / len(images))))
         chosen, second = draw(shares([x[images, head].flatten(0, 1) for x in parts]), count)
         index = chosen.view(*images.shape, count)[..., None]
-
-        def pick(x: Tensor) -> Tensor:
-            return x[images, head].gather(2, index.expand(*index.shape[:3], x.shape[3]))
-
         factor = (second.view(*images.shape, count) * first.T[..., None])[..., None]
-        weight = None if self.weight is None else pick(self.weight)
-        b = self.b[images, head]
-        return self._sampled(pick(self.a), b, pick(self.output), weight, factor)
+        a, output = picked(self.a[images, head], index), picked(self.output[images, head], index)
+        weight = None if self.weight is None else picked(self.weight[images, head], index)
+        return self._sampled(a, self.b[images, head], output, weight, factor)
 
     def _sampled(
         self,
@@ -285,11 +276,11 @@ class Problem:
             _kept={},
         )
 
-    def _spaced(self, fraction: float) -> "Problem":
-        rows = self.output.shape[2]
-        images = 1 if self.output.shape[0] > 1 else self.images
+    def _spaced(self, count: int) -> "Problem":
+        batch, _, rows, _ = self.output.shape
+        images = 1 if batch > 1 else self.images
         positions = rows // images
-        count = max(2, round(positions * fraction))
+        count = max(2, round(count / (batch * images)))
         step = positions / count
         inside = ((torch.arange(count, device=self.a.device) + 0.5) * step).long()
         index = (torch.arange(images, device=self.a.device)[:, None] * positions + inside).flatten()
@@ -383,6 +374,11 @@ def _without_dead_rows(gemm: Gemm) -> Gemm:
         a, fisher = a[images], fisher[images]
         b = b if b.shape[0] == 1 else b[images]
     return Gemm(a, b, bias, fisher)
+
+
+def picked(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index [B,H,n,1]`` of ``x [B,H,N,X]``."""
+    return x.gather(2, index.expand(*index.shape[:3], x.shape[3]))
 
 
 def as_bytes(index: Tensor) -> bytes:

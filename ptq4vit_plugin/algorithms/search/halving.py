@@ -1,0 +1,177 @@
+"""Successive halving: all candidates on a few rows, the best on more, the last on nearly all.
+
+What a sample tells depends on how many rows it has, not on how many there are. A row is drawn with
+a probability proportional to its share of what is lost, which differs between output columns (those
+of q, k, v), so that a weight's columns draw their own rows in blocks of up to 64. Of a weight's
+losses only the quadratic part is left to the sample (see `expansion`), and its first search is a
+rough one, because its choice is made again when the other operand has its scale. Survivors of
+products of attention are compared on the largest rows and a sample of the others, so many that the
+loss of every head is known to `SURE`.
+
+From the second round on survivors are compared together with the present choice, so that the
+objective on the rows compared never rises.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ptq4vit_plugin.algorithms.search.expansion import Expansion
+from ptq4vit_plugin.algorithms.search.losses import Losses
+from ptq4vit_plugin.algorithms.search.objective import is_angle
+from ptq4vit_plugin.algorithms.search.problem import Problem
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of successive halving; left out where its sample would be most rows."""
+
+    rows: int  #: output rows that are evaluated
+    keep: int  #: candidates per group that go on to the next stage
+    far: float = math.inf  #: loss over the best one's from which on they do not
+
+
+#: The survivors of the last stage are compared on (nearly) all rows.
+SCHEDULE = (Stage(128, 48), Stage(512, 24, 1.3))
+#: The same for a weight whose losses are known but for their quadratic part (see `expansion`).
+EXPANDED_SCHEDULE = (Stage(64, 48), Stage(256, 24), Stage(768, 12, 1.15), Stage(6144, 6, 1.08))
+#: The same for its first search, whose choice is made again when the other operand has its scale.
+ROUGH_SCHEDULE = (Stage(256, 16), Stage(1024, 4, 1.1))
+#: The same for products of attention: whole images are drawn there, which says less.
+BATCHED_SCHEDULE = (
+    Stage(256, 24),
+    Stage(512, 12, 1.2),
+    Stage(2048, 6, 1.03),
+    Stage(8192, 4, 1.01),
+)
+#: The same for an operand with one scale, whose loss is a smooth curve.
+SINGLE_SCHEDULE = (
+    Stage(32, 24),
+    Stage(128, 12),
+    Stage(512, 8, 1.1),
+    Stage(1536, 5, 1.02),
+    Stage(8192, 3, 1.01),
+)
+#: The same for angle metrics, which have no gradient to tell which rows matter.
+ANGLE_SCHEDULE = (Stage(1024, 24),)
+#: Relative standard error up to which rows stand for all when survivors are compared.
+SURE = 2e-4
+
+
+class Halving:
+    """Search of an op's operands by successive halving.
+
+    Parameters
+    ----------
+    losses
+        Of the op.
+    parts
+        What every row loses, as `rows.look` returns it; None for angle metrics.
+    """
+
+    def __init__(self, losses: Losses, parts: Sequence[Tensor] | None) -> None:
+        self.losses = losses
+        self._parts = parts
+        self._samples: dict[tuple[Stage, bool, bool], Problem | None] = {}
+        self._finals = losses.problem  #: on what the last survivors are compared
+        if parts is not None and losses.problem.output.shape[0] > 1:
+            self._finals = self._together(losses.problem.weighty(parts, SURE)) or losses.problem
+
+    def best(self, operand: str, turn: int, again: bool) -> Tensor:
+        """The best candidate of every group, in round `turn`, from 0.
+
+        `again` says that the operand will be searched again whatever the choice is.
+        """
+        current = self.losses.chosen(operand)
+        candidates = self._survivors(operand, self._schedule(operand, again))
+        if turn > 0:
+            candidates = torch.cat([candidates, current[None]])
+        # The start scales, the last row, may be a group's choice still.
+        every = len(self.losses.candidates(operand)) + 1
+        which = torch.zeros(every, *current.shape, dtype=torch.bool, device=current.device)
+        return self.losses.best(self._finals, operand, which.scatter_(0, candidates, True))
+
+    def _survivors(self, operand: str, schedule: tuple[Stage, ...]) -> Tensor:
+        """The candidates ``[n, *group shape]`` that survive the stages of `schedule`."""
+        losses, current = self.losses, self.losses.chosen(operand)
+        expanded, expansion = schedule in (EXPANDED_SCHEDULE, ROUGH_SCHEDULE), None
+        candidates = everything = losses.candidates(operand)
+        for stage in schedule:
+            sample = self._sample(stage, operand, expanded)
+            if sample is None or len(candidates) <= stage.keep:
+                continue
+            if expanded:
+                if expansion is None:
+                    expansion = Expansion(losses.problem, losses.choice["a"])
+                    losses.evaluations += expansion.cost
+                found = losses.reduce(expansion.losses(sample, candidates))
+                losses.evaluations += len(candidates) * sample.cost
+            else:
+                found = torch.stack([losses.at(sample, operand, c) for c in candidates])
+            if candidates is everything:
+                losses.curves[operand] = found.flatten(1).sum(1).tolist()
+            groups = losses.summed(operand, found)
+            candidates = best_of(candidates, groups, stage.keep, stage.far, current)
+        if schedule == ROUGH_SCHEDULE:
+            self._samples.clear()  # nothing else has been sampled yet, and these are done with
+        return candidates
+
+    def _schedule(self, operand: str, again: bool) -> tuple[Stage, ...]:
+        problem = self.losses.problem
+        if is_angle(problem.metric):
+            return ANGLE_SCHEDULE
+        if problem.output.shape[0] > 1:
+            return BATCHED_SCHEDULE
+        if self.losses.chosen(operand).numel() == 1:
+            return SINGLE_SCHEDULE
+        if operand == "a" or problem.metric == "l1":
+            return SCHEDULE
+        return ROUGH_SCHEDULE if again else EXPANDED_SCHEDULE
+
+    def _sample(self, stage: Stage, operand: str, expanded: bool) -> Problem | None:
+        problem = self.losses.problem
+        quantizer = problem.quantizers[operand]
+        assert quantizer is not None
+        batch, heads, _, columns = problem.output.shape
+        in_blocks = batch == heads == 1 and 1 < quantizer.grouping.shape[3] == columns
+        key = (stage, in_blocks, expanded)
+        if key not in self._samples:
+            parts = self._parts
+            if expanded and parts is not None:
+                # What a weight's error makes of a row grows with the row.
+                parts = [parts[0] * problem.a.square().sum(3, keepdim=True)]
+            self._samples[key] = self._together(problem.sample(stage.rows, parts, in_blocks))
+        return self._samples[key]
+
+    def _together(self, sample: Problem | None) -> Problem | None:
+        """The sample if it spares work; processes decide alike, one without a sample gives all."""
+        problem = self.losses.problem
+        spared = 0.0 if sample is None else self._finals.cost - sample.cost
+        if self.losses.reduce(torch.tensor(spared, device=problem.a.device)) <= 0:
+            return None
+        return replace(problem, _kept={}) if sample is None else sample
+
+
+def best_of(candidates: Tensor, groups: Tensor, keep: int, far: float, current: Tensor) -> Tensor:
+    """The best of every group, those that lose far more replaced by the very best.
+
+    A group without a gradient on the sample keeps its choice.
+
+    Parameters
+    ----------
+    candidates, groups
+        ``[n, *group shape]``: rows of the table, and what they lose.
+    keep, far
+        As in `Stage`.
+    current
+        The present choice, of group shape.
+    """
+    order = groups.argsort(dim=0, stable=True)[:keep]
+    best, least = candidates.gather(0, order), groups.gather(0, order)
+    best = torch.where(least > far * least[0], best[0], best)
+    # Candidates differ while their losses do not: nothing to choose by.
+    indifferent = (candidates != candidates[0]).any(0) & (groups.amax(0) <= groups.amin(0))
+    return torch.where(indifferent, current, best)
