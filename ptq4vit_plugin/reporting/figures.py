@@ -125,7 +125,7 @@ def _sensitivity(ops: Sequence[OpRecord]) -> str:
 
 def _histograms(panels: Sequence[tuple[str, OperandRecord, Operand]], source: str) -> str:
     columns, width = (4, WIDTH) if len(panels) <= 24 else (6, WIDE)
-    figure, grid = _panels(len(panels), columns, width, 1.5, sharex=source == "softmax")
+    figure, grid = _panels(len(panels), columns, width, 1.7, sharex=source == "softmax")
     occupied = [
         edge
         for _, operand, _ in panels
