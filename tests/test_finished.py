@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin import commands, pipeline
-from ptq4vit_plugin.algorithms import scale_search
+from ptq4vit_plugin.algorithms import op_search
 from ptq4vit_plugin.config import read
 
 SHORT = {"algorithm": "ptq4vit", "rounds": 1}
@@ -33,15 +33,15 @@ class Stop(BaseException):
 def searched(monkeypatch):
     """Names of the ops that were searched, and a way to stop after some of them."""
     names, limit = [], [None]
-    original = scale_search.ScaleSearch._search_op
+    original = op_search.OpSearch.search
 
-    def spy(self, module, op, *rest):
+    def spy(self, op, *rest):
         if limit[0] is not None and len(names) >= limit[0]:
             raise Stop
         names.append(op.name)
-        return original(self, module, op, *rest)
+        return original(self, op, *rest)
 
-    monkeypatch.setattr(scale_search.ScaleSearch, "_search_op", spy)
+    monkeypatch.setattr(op_search.OpSearch, "search", spy)
 
     def until(count):
         names.clear()

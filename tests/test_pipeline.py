@@ -11,7 +11,7 @@ from nncf.quantization.algorithms.pipeline import Pipeline
 from torch import nn
 
 import ptq4vit_plugin as ptq
-from ptq4vit_plugin.algorithms import scale_search
+from ptq4vit_plugin.algorithms import op_search, scale_search
 from ptq4vit_plugin.algorithms.ptq4vit import PTQ4ViT
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
 from ptq4vit_plugin.integrations.device import available_devices
@@ -283,12 +283,10 @@ def test_zero_gradient_is_an_error():
 
 
 def test_interrupted_calibration_leaves_the_model_alone(model, monkeypatch):
-    from ptq4vit_plugin.algorithms import scale_search
-
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scale_search, "search", interrupt)
+    monkeypatch.setattr(op_search, "search", interrupt)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
         ptq.quantize(model, images(1), short())

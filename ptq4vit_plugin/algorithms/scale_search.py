@@ -6,24 +6,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from ptq4vit_plugin import __version__, registry
+from ptq4vit_plugin import __version__
 from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
-from ptq4vit_plugin.algorithms.diagnosis import histogram, output_sqnr, thinned
 from ptq4vit_plugin.algorithms.finished import FinishedOps, Place, key_of
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
+from ptq4vit_plugin.algorithms.op_search import OpSearch
 from ptq4vit_plugin.algorithms.planning import make_plan, matches
-from ptq4vit_plugin.algorithms.search.engine import search
-from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.settings import (
     Accuracy,
     Activations,
@@ -33,8 +30,7 @@ from ptq4vit_plugin.algorithms.settings import (
     Weights,
 )
 from ptq4vit_plugin.algorithms.target import Target, fitted
-from ptq4vit_plugin.algorithms.twin_choice import choose_twins, settled
-from ptq4vit_plugin.algorithms.views import GemmView, view_of
+from ptq4vit_plugin.algorithms.twin_choice import settled
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations import distributed
 from ptq4vit_plugin.integrations.device import device_of, free_memory, peak_memory
@@ -42,7 +38,6 @@ from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
 from ptq4vit_plugin.integrations.nncf.capture import (
     Batch,
-    Recorded,
     in_parts,
     record,
     recorded_bytes,
@@ -51,10 +46,10 @@ from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
-from ptq4vit_plugin.plan import FoundOp, Op, Operand, Plan
-from ptq4vit_plugin.quantizers.base import OperandQuantizer, SearchRange
+from ptq4vit_plugin.plan import FoundOp, Op, Plan
+from ptq4vit_plugin.quantizers.base import SearchRange
 from ptq4vit_plugin.quantizers.half import in_float32
-from ptq4vit_plugin.record import OperandRecord, OpRecord, QuantizationRecord, attach
+from ptq4vit_plugin.record import OpRecord, QuantizationRecord, attach
 from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
 
@@ -115,7 +110,6 @@ class ScaleSearch(CalibratedAlgorithm):
     )
 
     _finished: Path | None = PrivateAttr(default=None)
-    _families: dict[str, type[OperandQuantizer]] = PrivateAttr(default_factory=dict)
 
     def keep_finished_ops(self, folder: Path | None) -> None:
         """Keep finished ops in a folder, and take from there those of an interrupted run."""
@@ -260,6 +254,7 @@ class ScaleSearch(CalibratedAlgorithm):
         data = in_parts(distributed.share(data), found.values(), example)
         gradient = self.gradient if self.metric == "hessian" else None
         images = sum(map(len, data))
+        op_search = OpSearch(module, self.metric, self.rounds, self.search, self.search_range)
         free = free_memory(device_of(module))
         groups = list(self._groups(waiting, found, images / example, free))
         event("calibration", ops=len(plan.ops), finished=len(records), passes=len(groups))
@@ -280,9 +275,7 @@ class ScaleSearch(CalibratedAlgorithm):
                     advance(f"{op.kind} {op.name}")
                     seen = recorded.pop(op.name)
                     ranked = ranked or any(value.any() for value in seen.fisher)
-                    result, made = self._search_op(
-                        module, op, found[op.name], seen, images, quantizers
-                    )
+                    result, made = op_search.search(op, found[op.name], seen, images, quantizers)
                     quantizers |= made
                     records.append(result)
                     if distributed.rank() == 0:
@@ -336,132 +329,9 @@ class ScaleSearch(CalibratedAlgorithm):
         fifth = sum(sizes) / 5 + max(sizes, default=0)
         return min(max(fifth, GIB / 2), free / 4)
 
-    @torch.no_grad()
-    def _search_op(
-        self,
-        module: nn.Module,
-        op: Op,
-        found: FoundOp,
-        seen: Recorded,
-        images: int,
-        quantizers: dict[Place, nn.Module],
-    ) -> tuple[OpRecord, dict[Place, nn.Module]]:
-        """The op's record, and its quantizers by place; empties ``seen``."""
-        started = time.perf_counter()
-        view = view_of(found)
-        gemm = _gemm(module, op, found, view, seen, quantizers)
-
-        def searched(op: Op) -> tuple[Any, ...]:
-            left, right = (
-                self._quantizer(operand, view, x)
-                for operand, x in zip(op.operands, (gemm.a, gemm.b), strict=True)
-            )
-            result = search(
-                gemm,
-                left,
-                right,
-                metric=self.metric,
-                rounds=self.rounds,
-                order=("a", "b") if op.kind == "matmul" else ("b", "a"),
-                strategy=self.search,
-                images=1 if op.kind == "matmul" else images,
-                reduce=distributed.total,
-            )
-            return result, left, right
-
-        op, (result, left, right), twins = choose_twins(op, searched)
-        operands, made = [], {}
-        for name, operand, quantizer, index in zip(
-            "ab", op.operands, (left, right), (result.a_index, result.b_index), strict=True
-        ):
-            if quantizer is not None:
-                place = (operand.parameter, None) if operand.parameter else (op.name, operand.port)
-                hook = quantizer.module(index, lambda s, port=operand.port: view.layout(port, s))
-                made[place] = hook
-            operands.append(
-                _operand_record(operand, quantizer, index).model_copy(
-                    update={
-                        "histogram": histogram(getattr(gemm, name), operand.source),
-                        "curve": thinned(result.curves.get(name, [])),
-                        "twin": twins.get(operand.port),
-                    }
-                )
-            )
-        chosen = OpRecord(
-            name=op.name,
-            kind=op.kind,
-            role=op.role,
-            operands=tuple(operands),
-            objective_before=result.before,
-            objective_after=result.after,
-            evaluations=result.evaluations,
-            sqnr_db=output_sqnr(gemm, left, right, result),
-            seconds=time.perf_counter() - started,
-        )
-        return chosen, made
-
-    def _quantizer(self, operand: Operand, view: GemmView, x: Tensor) -> OperandQuantizer | None:
-        if operand.quantizer is None:
-            return None
-        family = self._families.get(operand.quantizer)
-        if family is None:  # looking it up reads all installed packages' metadata
-            family = self._families[operand.quantizer] = registry.load(
-                "quantizers", operand.quantizer
-            )
-        grouping = view.grouping(operand.port, operand.granularity)
-        quantizer = family(operand.bits, grouping, self.search_range, **operand.options)
-        quantizer.observe(x)
-        for extreme in (distributed.smallest(quantizer.low), distributed.largest(quantizer.high)):
-            quantizer.observe(extreme)
-        return quantizer
-
 
 def _size(found: FoundOp) -> int:
     return 0 if found.kind == "matmul" else prod(found.shapes[1])
-
-
-def _gemm(
-    module: nn.Module,
-    op: Op,
-    found: FoundOp,
-    view: GemmView,
-    seen: Recorded,
-    quantizers: dict[Place, nn.Module],
-) -> Gemm:
-    """The op's operands in canonical shape, all calibration batches together, in float32."""
-    weight = op.operands[1].parameter
-    if weight:
-        value = module.get_parameter(weight).detach().float()
-        shared = quantizers.get((weight, None))
-        right = [value if shared is None else shared(value)] * len(seen.inputs[0])
-    elif op.kind != "matmul":
-        right = seen.inputs[1][:1] * len(seen.inputs[0])  # computed from constants: always the same
-    else:
-        right = seen.inputs[1]
-    pairs = [
-        view.operands(a.float(), b.float()) for a, b in zip(seen.inputs[0], right, strict=True)
-    ]
-    batched = op.kind == "matmul"
-    bias = view.bias(attrgetter(found.bias)(module).detach().float()) if found.bias else None
-    del right
-    seen.inputs.clear()
-    a, b = ([pair[port] for pair in pairs] for port in (0, 1))
-    del pairs
-    fisher = [view.output(f) for f in seen.fisher]
-    seen.fisher.clear()
-    return Gemm(
-        a=_whole(a, view.batch_dim),
-        b=_whole(b, view.batch_dim) if batched else b[0].contiguous(),
-        bias=bias,
-        fisher=_whole(fisher, view.batch_dim) if fisher else None,
-    )
-
-
-def _whole(parts: list[Tensor], dim: int) -> Tensor:
-    """All parts as one tensor; they are let go."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    parts.clear()
-    return whole
 
 
 def _restored(
@@ -504,17 +374,3 @@ def _without_products(module: nn.Module, names: Sequence[str], plan: Plan) -> li
         for name in names
         if not any(path[: name.count(".") + 1] == name.split(".") for path in quantized)
     ]
-
-
-def _operand_record(
-    operand: Operand, quantizer: OperandQuantizer | None, index: Any
-) -> OperandRecord:
-    if quantizer is None:
-        return OperandRecord(**operand.model_dump(exclude={"options", "alternative"}))
-    searched = quantizer.at(index)
-    return OperandRecord(
-        **operand.model_dump(exclude={"options", "alternative"}),
-        searched_min=float(searched.min()),
-        searched_max=float(searched.max()),
-        groups=searched.numel(),
-    )
