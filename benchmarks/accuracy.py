@@ -50,6 +50,14 @@ ROWS = {
 }
 
 
+def data_in(folder: Path | None) -> np.lib.npyio.NpzFile:
+    """The images of a bench folder; without it the script says so and stops, as a success."""
+    if folder is None or not (folder / "data.npz").exists():
+        print("skipped: --bench names no folder with data.npz")
+        raise SystemExit(0)
+    return np.load(folder / "data.npz")
+
+
 def images(pixels: np.ndarray) -> torch.Tensor:
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -131,10 +139,7 @@ def main() -> None:
     parser.add_argument("--search", choices=SEARCH, default="full")
     parser.add_argument("--test-images", type=int, default=2000)
     args = parser.parse_args()
-    if args.bench is None or not (args.bench / "data.npz").exists():
-        print("accuracy: skipped, --bench names no folder with data.npz")
-        return
-    data = np.load(args.bench / "data.npz")
+    data = data_in(args.bench)
     test = images(data["test_images"][: args.test_images])
     cells = json.loads(args.out.read_text()) if args.out.exists() else {}
     nets = {name: float_model(args.bench, name) for name in args.models}

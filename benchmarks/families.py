@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from accuracy import SEARCH, images, logits, measure
+from accuracy import SEARCH, data_in, images, logits, measure
 from safetensors.torch import load_model, save_model
 
-SIZE = {"img_size": 32, "num_classes": 10}
-PLAIN = {**SIZE, "patch_size": 4, "embed_dim": 96, "num_heads": 4}
+PLAIN = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 96, "num_heads": 4}
 #: timm's name and arguments.
 FAMILIES = {
     "ViT with registers, norms of q and k": (
@@ -70,11 +68,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="where trained models are kept")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
     args = parser.parse_args()
-    if args.bench is None or not (args.bench / "data.npz").exists():
-        print("families: skipped, --bench names no folder with data.npz")
-        return
+    data = data_in(args.bench)
     args.models.mkdir(parents=True, exist_ok=True)
-    data = np.load(args.bench / "data.npz")
     seen, labels = images(data["test_images"]), torch.from_numpy(data["test_labels"]).long()
     unseen = images(data["calib_images"])
     calibration, test = unseen[:CALIBRATION], unseen[CALIBRATION:]

@@ -128,9 +128,10 @@ def search(
             with_ = b"" if fixed is None else as_bytes(fixed)
             if quantizers[operand] is None or searched_with.get(operand) == with_:
                 continue
-            again = turn == 0 < rounds - 1 and operand == order[0] and fixed is not None
+            first = turn == 0 < rounds - 1 and operand == order[0] and fixed is not None
+            again = first and strategy == "fast"
             losses.choice[operand] = best(operand, turn, again)
-            if strategy == "exhaustive" or not again:
+            if not again:
                 searched_with[operand] = with_
     after = losses.objective()
     return SearchResult(
