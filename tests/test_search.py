@@ -16,6 +16,8 @@ from ptq4vit_plugin.algorithms.search import (
 from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.expansion import Expansion
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
+from ptq4vit_plugin.algorithms.search.losses import Losses
+from ptq4vit_plugin.algorithms.search.quadratic import Curvature, Sampled
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELU
 from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmax
@@ -349,9 +351,13 @@ def test_fast_chooses_what_exhaustive_chooses_where_few_rows_matter(kind, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", ["linear", "gelu", "matmul", "attention"])
-def test_fast_finds_what_exhaustive_finds(kind, bits, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, error",
+    [("linear", 0.1), ("linear", 0), ("gelu", 0.1), ("gelu", 0), ("matmul", 0), ("attention", 0)],
+)
+def test_fast_finds_what_exhaustive_finds(kind, error, bits, monkeypatch):
     monkeypatch.setattr(elimination, "AHEAD", 0)  # samples decide
+    monkeypatch.setattr(halving, "ERROR", error)  # for weights, a curvature or samples alone
     op, a, b, order = structured(kind, bits, seed=bits)
     best = search(op, a, b, order=order, strategy="exhaustive")
     fast = search(op, a, b, order=order, strategy="fast")
@@ -379,9 +385,12 @@ def test_fast_is_rough_only_with_what_it_searches_again(quantized, rounds, monke
     op, a, b, order = structured("linear", 4, seed=4)
     a = a if quantized else None
     best = search(op, a, b, order=order, rounds=rounds, strategy="exhaustive")
-    monkeypatch.setattr(halving, "ROUGH_SCHEDULE", None)  # to look at it is an error
-    fast = search(op, a, b, order=order, rounds=rounds, strategy="fast")
-    assert fast.after <= best.after * 1.001
+    for schedule in ("ROUGH_SCHEDULE", "ROUGH_CURVED_SCHEDULE"):
+        monkeypatch.setattr(halving, schedule, None)  # to look at it is an error
+    for error in (0.1, 0):
+        monkeypatch.setattr(halving, "ERROR", error)
+        fast = search(op, a, b, order=order, rounds=rounds, strategy="fast")
+        assert fast.after <= best.after * 1.001
 
 
 @pytest.mark.parametrize("metric", ["hessian", "mse", "linear_weighted_l2"])
@@ -395,7 +404,7 @@ def test_an_expansion_knows_the_loss_where_it_has_all_rows(hardware, kind, metri
     expansion = Expansion(everything, a_index)
     shape = b.grouping.shape
     candidates = torch.stack([torch.full(shape, i) for i in (2, 9, 16, b.n)])
-    found = expansion.losses(everything, candidates)
+    found = expansion.losses(Sampled(everything, a_index), candidates)
     for index, losses in zip(candidates, found, strict=True):
         expected = simple_loss(op, a, b, {"a": a_index, "b": index}, metric, "b", 3)
         assert losses.shape == shape
@@ -417,14 +426,77 @@ def test_an_expansion_tells_candidates_apart_better_than_a_sample(in_blocks, bit
         torch.stack([part.loss(a_index, index, "b", view) for index in candidates])
         for part in (everything, sample)
     )
-    expanded = Expansion(everything, a_index).losses(sample, candidates)
+    expansion = Expansion(everything, a_index)
+    expanded = expansion.losses(Sampled(sample, a_index), candidates)
+    curved = expansion.losses(Curvature(everything, a_index), candidates)
     close = whole < 1.3 * whole.amin(0)  # those that are hard to tell apart
     noise = []
-    for estimate in (plain, expanded):
+    for estimate in (plain, expanded, curved):
         error = (estimate - whole) / whole.amin(0)
         error -= (error * close).sum(0) / close.sum(0)
         noise.append(float(error[close].square().mean().sqrt()))
     assert noise[1] < 0.1 and noise[1] < noise[0] / 1.5
+    # 394 rows are sampled; a candidate takes the curvature 64 + 64 rows' work.
+    assert noise[2] < noise[1] / 1.5
+
+
+def of_errors(p, errors, a):
+    """The quadratic part, element by element, in float64."""
+    weight = torch.ones_like(p.output) if p.weight is None else p.weight
+    made = [(a.double() @ error.double() * weight.double()).square() for error in errors]
+    return torch.stack([x.sum(2, keepdim=True) for x in made])
+
+
+@pytest.mark.parametrize("metric", ["hessian", "mse"])
+@pytest.mark.parametrize("heads, columns", [(1, 40), (1, 96), (3, 16)])
+def test_a_curvature_is_exact_where_columns_weigh_rows_alike(heads, columns, metric):
+    g = torch.Generator().manual_seed(5)
+    op = Gemm(normal(g, 1, heads, 700, 16), normal(g, 1, heads, 16, columns))
+    blocks = torch.arange(columns) // 16  # every block of so many columns has rows of its own
+    alike = torch.exp(normal(g, 1, heads, 700, 6))[..., blocks]
+    op.fisher = alike * torch.exp(normal(g, 1, heads, 1, columns))
+    a = Uniform(5, TENSOR, SPAN)
+    a.observe(op.a)
+    everything = problem.problem_of(op, {"a": a, "b": None}, metric, 1)
+    index = torch.full((1, 1, 1, 1), 20)
+    errors = [normal(g, 1, heads, 16, columns) for _ in range(3)]
+    expected = of_errors(everything, errors, a.fake_quantize(op.a, index))
+    found = Curvature(everything, index)(errors)
+    assert found.shape == (3, 1, heads, 1, columns)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    variance, whole = Curvature.uncertainty(everything).tolist()
+    assert 0 <= variance < (1e-5 * whole) ** 2
+
+
+@pytest.mark.parametrize("share, alike", [(1.0, True), (0.3, True), (0.01, False)])
+def test_a_curvature_knows_how_exact_it_is(share, alike):
+    g = torch.Generator().manual_seed(8)
+    op = Gemm(normal(g, 1, 1, 4000, 32), normal(g, 1, 1, 32, 64))
+    # Every column has its own share of the rows.
+    op.fisher = normal(g, 1, 1, 4000, 64).square() * (torch.rand(4000, 64, generator=g) < share)
+    a, b = Uniform(6, TENSOR, SPAN), Uniform(6, Grouping((1, 1, 1, 64)), SPAN)
+    a.observe(op.a)
+    b.observe(op.b)
+    everything = problem.problem_of(op, {"a": None, "b": b}, "hessian", 1)
+    errors = [normal(g, 1, 1, 32, 64) for _ in range(40)]
+    exact = of_errors(everything, errors, everything.a)
+    wrong = (Curvature(everything, None)(errors) - exact).square().mean(0).sqrt().sum()
+    told = halving.Halving(Losses(everything, lambda x: x), None)
+    assert 0.5 < told._error / float(wrong / exact.mean(0).sum()) < 1.4
+    schedule = told._schedule("b", again=False)
+    assert schedule == (halving.CURVED_SCHEDULE if alike else halving.EXPANDED_SCHEDULE)
+
+
+def test_a_curvature_that_costs_too_much_is_not_made():
+    g = torch.Generator().manual_seed(9)
+    for rows, inner, columns in ((4000, 65, 32), (4000, 1001, 600)):
+        op = Gemm(normal(g, 1, 1, rows, inner), normal(g, 1, 1, inner, columns))
+        op.fisher = torch.ones(1, 1, rows, columns)
+        b = Uniform(6, Grouping((1, 1, 1, columns)), SPAN)
+        b.observe(op.b)
+        everything = problem.problem_of(op, {"a": None, "b": b}, "hessian", 1)
+        told = halving.Halving(Losses(everything, lambda x: x), None)
+        assert told._schedule("b", again=False) == halving.EXPANDED_SCHEDULE
 
 
 @pytest.mark.parametrize("kind", ["linear", "attention"])

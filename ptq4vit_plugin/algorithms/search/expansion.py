@@ -6,9 +6,9 @@ summed with the metric's weights ``w^2``, that is, per output column,
 
     sum w^2 (a^ b - O)^2  +  2 S . (b^ - b)  +  sum w^2 (a^ (b^ - b))^2,  S = a^T (w^2 (a^ b - O)).
 
-The first two are known for all candidates, on all rows, after two products. Only the third is
-estimated on a sample: of candidates that lose about the same, a sample tells the difference 1.5 to
-4 times as exactly as with all three (docs/performance.md).
+The first two are known for all candidates, on all rows, after two products. Only the third is left
+to be estimated (`quadratic.py`): of candidates that lose about the same, a sample tells the
+difference 1.5 to 4 times as exactly as with all three (docs/performance.md).
 """
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ptq4vit_plugin.algorithms.search.gemm import product
 from ptq4vit_plugin.algorithms.search.objective import View
-from ptq4vit_plugin.algorithms.search.problem import CHUNK, Problem
+from ptq4vit_plugin.algorithms.search.problem import Problem
+from ptq4vit_plugin.algorithms.search.quadratic import Quadratic
 
 
 class Expansion:
@@ -39,7 +40,7 @@ class Expansion:
 
     def __init__(self, problem: Problem, a_index: Tensor | None) -> None:
         self.cost = 2 * problem.cost
-        self._problem, self._a_index = problem, a_index
+        self._problem = problem
         a = problem.fixed("a", a_index)
         self._constant = problem.output.new_zeros(
             1, problem.output.shape[1], 1, problem.output.shape[3], dtype=torch.float64
@@ -57,23 +58,13 @@ class Expansion:
             part = [(codes[:, :, rows].transpose(2, 3), scale) for codes, scale in a]
             self._slope += product(part, [(error, None)])
 
-    def losses(self, sample: Problem, candidates: Tensor) -> Tensor:
+    def losses(self, quadratic: Quadratic, candidates: Tensor) -> Tensor:
         """Estimated losses ``[n, 1, H, 1, O]`` of `candidates`, ``[n, *group shape]``, float64."""
         quantizer, b = self._problem.quantizers["b"], self._problem.b
         assert quantizer is not None
-        a = sample.fixed("a", self._a_index)
         found = []
-        for some in candidates.split(max(1, CHUNK // sample.output.numel())):
-            changes = [quantizer.fake_quantize(b, index).sub_(b) for index in some]
-            known = [2 * (self._slope * change).sum(2, keepdim=True).double() for change in changes]
-            together = torch.cat([sample.in_blocks(change) for change in changes], 3)
-            errors = product(a, [(together, None)]).unflatten(3, (len(some), -1))
-            if sample.weight is not None:
-                errors.mul_(sample.weight[:, :, :, None])
-            squares = errors.square_().sum(2).double()  # [1, H or blocks, n, columns]
-            squares = squares.transpose(0, 2).transpose(1, 2)
-            found += [
-                self._constant + linear + square.reshape(linear.shape)
-                for linear, square in zip(known, squares, strict=True)
-            ]
-        return torch.stack(found)
+        for some in candidates.split(quadratic.together):
+            errors = [quantizer.fake_quantize(b, index).sub_(b) for index in some]
+            linear = [2 * (self._slope * error).sum(2, keepdim=True).double() for error in errors]
+            found.append(self._constant + torch.stack(linear) + quadratic(errors))
+        return torch.cat(found)

@@ -15,6 +15,7 @@ objective on the rows compared never rises.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,23 +24,29 @@ from ptq4vit_plugin.algorithms.search.expansion import Expansion
 from ptq4vit_plugin.algorithms.search.losses import Losses
 from ptq4vit_plugin.algorithms.search.objective import is_angle
 from ptq4vit_plugin.algorithms.search.problem import Problem
+from ptq4vit_plugin.algorithms.search.quadratic import Curvature, Quadratic, Sampled
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of successive halving; left out where its sample would be most rows."""
 
-    rows: int  #: output rows that are evaluated
+    rows: int  #: output rows that are evaluated, or `ALL` for a weight's `Curvature`
     keep: int  #: candidates per group that go on to the next stage
     far: float = math.inf  #: loss over the best one's from which on they do not
 
 
+#: In place of a number of rows.
+ALL = 0
 #: The survivors of the last stage are compared on (nearly) all rows.
 SCHEDULE = (Stage(128, 48), Stage(512, 24, 1.3))
 #: The same for a weight whose losses are known but for their quadratic part (see `expansion`).
 EXPANDED_SCHEDULE = (Stage(64, 48), Stage(256, 24), Stage(768, 12, 1.15), Stage(6144, 6, 1.08))
 #: The same for its first search, whose choice is made again when the other operand has its scale.
 ROUGH_SCHEDULE = (Stage(256, 16), Stage(1024, 4, 1.1))
+#: Both where a `Curvature` is worth its price.
+CURVED_SCHEDULE = (Stage(64, 48), Stage(ALL, 8))
+ROUGH_CURVED_SCHEDULE = (Stage(64, 48), Stage(ALL, 3))
 #: The same for products of attention: whole images are drawn there, which says less.
 BATCHED_SCHEDULE = (
     Stage(256, 24),
@@ -57,6 +64,11 @@ SINGLE_SCHEDULE = (
 )
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1024, 24),)
+#: Schedules in which only the quadratic part of a weight's losses is estimated.
+EXPANDED = (EXPANDED_SCHEDULE, ROUGH_SCHEDULE, CURVED_SCHEDULE, ROUGH_CURVED_SCHEDULE)
+#: Relative standard error up to which a curvature will do, and how many of them a candidate may
+#: seem to lose more than the best.
+ERROR, ERRORS = 0.1, 3
 #: Relative standard error up to which rows stand for all when survivors are compared.
 SURE = 2e-4
 
@@ -97,24 +109,32 @@ class Halving:
     def _survivors(self, operand: str, schedule: tuple[Stage, ...]) -> Tensor:
         """The candidates ``[n, *group shape]`` that survive the stages of `schedule`."""
         losses, current = self.losses, self.losses.chosen(operand)
-        expanded, expansion = schedule in (EXPANDED_SCHEDULE, ROUGH_SCHEDULE), None
         candidates = everything = losses.candidates(operand)
+        expansion: Expansion | None = None
         for stage in schedule:
-            sample = self._sample(stage, operand, expanded)
-            if sample is None or len(candidates) <= stage.keep:
+            if len(candidates) <= stage.keep:
                 continue
-            if expanded:
+            far = stage.far
+            if schedule in EXPANDED:
+                quadratic = self._quadratic(stage)
+                if quadratic is None:
+                    continue
                 if expansion is None:
                     expansion = Expansion(losses.problem, losses.choice["a"])
                     losses.evaluations += expansion.cost
-                found = losses.reduce(expansion.losses(sample, candidates))
-                losses.evaluations += len(candidates) * sample.cost
+                found = losses.reduce(expansion.losses(quadratic, candidates))
+                losses.evaluations += quadratic.cost + len(candidates) * quadratic.cost_each
+                if stage.rows == ALL:
+                    far = 1 + ERRORS * self._error
             else:
+                sample = self._sample(stage, operand)
+                if sample is None:
+                    continue
                 found = torch.stack([losses.at(sample, operand, c) for c in candidates])
             if candidates is everything:
                 losses.curves[operand] = found.flatten(1).sum(1).tolist()
             groups = losses.summed(operand, found)
-            candidates = best_of(candidates, groups, stage.keep, stage.far, current)
+            candidates = best_of(candidates, groups, stage.keep, far, current)
         if schedule == ROUGH_SCHEDULE:
             self._samples.clear()  # nothing else has been sampled yet, and these are done with
         return candidates
@@ -129,9 +149,25 @@ class Halving:
             return SINGLE_SCHEDULE
         if operand == "a" or problem.metric == "l1":
             return SCHEDULE
+        if self._error <= ERROR:
+            return ROUGH_CURVED_SCHEDULE if again else CURVED_SCHEDULE
         return ROUGH_SCHEDULE if again else EXPANDED_SCHEDULE
 
-    def _sample(self, stage: Stage, operand: str, expanded: bool) -> Problem | None:
+    @cached_property
+    def _error(self) -> float:
+        """Relative standard error of a weight's `Curvature`; processes find the same."""
+        variance, whole = self.losses.reduce(Curvature.uncertainty(self.losses.problem)).tolist()
+        return math.sqrt(variance) / max(whole, 1e-300)
+
+    def _quadratic(self, stage: Stage) -> Quadratic | None:
+        """What estimates the quadratic part of a weight's losses; None to leave the stage out."""
+        a_index = self.losses.choice["a"]
+        if stage.rows == ALL:
+            return Curvature(self.losses.problem, a_index)
+        sample = self._sample(stage, "b", expanded=True)
+        return None if sample is None else Sampled(sample, a_index)
+
+    def _sample(self, stage: Stage, operand: str, expanded: bool = False) -> Problem | None:
         problem = self.losses.problem
         quantizer = problem.quantizers[operand]
         assert quantizer is not None

@@ -176,6 +176,14 @@ class Problem:
             self._kept[operand] = (key, self._quantize(operand, getattr(self, operand), index))
         return self._kept[operand][1]
 
+    def values(self, operand: str, index: Tensor | None) -> Tensor:
+        """What the fixed operand's codes stand for (one batch entry)."""
+        parts = [
+            codes.float() if scale is None else codes * scale
+            for codes, scale in self.fixed(operand, index)
+        ]
+        return sum(parts[1:], parts[0])
+
     def _chunks(self, view: View) -> list[tuple[slice, slice]]:
         """Slices of the first and the third dimension whose outputs fit `CHUNK`."""
         batch, heads, rows, columns = self.output.shape
