@@ -66,10 +66,12 @@ def view(metric: str, shape: tuple[int, ...], blocks: int, columns: int, per_col
     return View("row", max(1, blocks))
 
 
-def error_weight(metric: str, output: Tensor, fisher: Tensor | None) -> Tensor | None:
+def error_weight(
+    metric: str, output: Tensor, bias: Tensor | None, fisher: Tensor | None
+) -> Tensor | None:
     """The factor of the error before it is squared (None: 1), like `output`.
 
-    `output` includes the bias. Raises ValueError if the metric is unknown or lacks its gradient.
+    Raises ValueError if the metric is unknown or lacks its gradient.
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; allowed: {', '.join(METRICS)}")
@@ -77,11 +79,10 @@ def error_weight(metric: str, output: Tensor, fisher: Tensor | None) -> Tensor |
         if fisher is None:
             raise ValueError("metric 'hessian' needs the squared gradient of the op's output")
         return fisher.sqrt()
-    if metric == "linear_weighted_l2":
-        return output.abs().sqrt()
-    if metric == "square_weighted_l2":
-        return output.abs()
-    return None
+    if metric not in ("linear_weighted_l2", "square_weighted_l2"):
+        return None
+    size = output.abs() if bias is None else (output + bias).abs_()
+    return size.sqrt_() if metric == "linear_weighted_l2" else size
 
 
 def error_loss(metric: str, error: Tensor, view: View, weight: Tensor | None) -> Tensor:

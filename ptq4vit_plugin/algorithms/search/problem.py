@@ -358,7 +358,7 @@ def problem_of(
     output = torch.matmul(a, b)
     weight = None
     if not is_angle(metric):
-        weight = error_weight(metric, output if bias is None else output + bias, fisher)
+        weight = error_weight(metric, output, bias, fisher)
     both = all(quantizer is not None for quantizer in quantizers.values())
     integer = both and a.shape[0] == 1 and has_int8_dot(a.device)
     cost = output.numel() / whole
