@@ -6,7 +6,7 @@ interact, so candidate i is evaluated for all of them in one pass.
 
 `exhaustive` evaluates every candidate on all data. `fast` looks first how unevenly the rows matter
 (`rows.py`): by the gradient's energy on them, and by what is lost on them at the start scales and
-by clipping. Where few rows carry nearly everything it searches by elimination, for certain
+at two clipping ones. Where few rows carry nearly everything it searches by elimination, for certain
 (`elimination.py`), otherwise by successive halving on samples (`halving.py`).
 
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is

@@ -8,8 +8,8 @@ from torch import Tensor
 from ptq4vit_plugin.algorithms.search.losses import Losses
 from ptq4vit_plugin.algorithms.search.sampling import judged_width
 
-#: Candidates, as a share of the table, at which clipping shows in products of attention, and one
-#: output column in so many on which they are looked at.
+#: Candidates, as a share of the table, at which clipping shows, and one output column in so many on
+#: which they are looked at.
 PROBES, PROBED_COLUMNS = (0.25, 0.5), 4
 
 
@@ -19,38 +19,28 @@ def look(losses: Losses) -> tuple[float, list[Tensor]]:
     Returns
     -------
     tuple
-        The objective at the start scales. Of every row and block of columns, ``[B, H, N, G]`` each:
-        the gradient's energy, the loss at the start scales, and what clipping makes of the row.
+        The objective at the start scales. The gradient's energy and the loss, at the start scales
+        and at two that clip, of every row and block of columns, ``[B, H, N, G]`` each.
     """
     problem = losses.problem
     columns = problem.output.shape[3]
     groups = columns // judged_width(columns)
     loss, energy = problem.row_loss(losses.choice["a"], losses.choice["b"], groups)
     losses.evaluations += problem.cost
-    if problem.output.shape[0] > 1:
-        clipped = _clipped(losses, groups)
-    else:  # in proportion to the row, which tells as much and costs nothing
-        clipped = [energy * problem.a.square().sum(3, keepdim=True)]
-    return float(losses.reduce(loss.sum())), [energy, loss, *clipped]
-
-
-def _clipped(losses: Losses, groups: int) -> list[Tensor]:
-    """The loss of rows in `groups` blocks of columns where both operands' scales clip."""
-    problem = losses.problem
-    columns = problem.output.shape[3]
+    parts = [energy, loss]
     step = math.gcd(PROBED_COLUMNS, columns // groups)
     some = torch.arange(0, columns, step, device=problem.a.device)
     part = problem if step == 1 else problem.of_columns(some)
-    found = []
+    moved = ("a", "b") if problem.output.shape[0] > 1 else ("a",)
     for share in PROBES:
         probe = {"a": losses.choice["a"], "b": _of_columns(losses.choice["b"], some)}
-        for operand, index in probe.items():
-            quantizer = part.quantizers[operand]
+        for operand in moved:
+            quantizer, index = part.quantizers[operand], probe[operand]
             if quantizer is not None and index is not None:
                 probe[operand] = torch.full_like(index, int(share * quantizer.n))
-        found.append(part.row_loss(probe["a"], probe["b"], groups)[0])
+        parts.append(part.row_loss(probe["a"], probe["b"], groups)[0])
         losses.evaluations += part.cost
-    return found
+    return float(losses.reduce(loss.sum())), parts
 
 
 def _of_columns(index: Tensor | None, columns: Tensor) -> Tensor | None:
