@@ -3,10 +3,11 @@
 What a sample tells depends on how many rows it has, not on how many there are. A row is drawn with
 a probability proportional to its share of what is lost, which differs between output columns (those
 of q, k, v), so that a weight's columns draw their own rows in blocks of up to 64. Of a weight's
-losses only the quadratic part is left to the sample (see `expansion`), and its first search is a
-rough one, because its choice is made again when the other operand has its scale. Survivors of
-products of attention are compared on the largest rows and a sample of the others, so many that the
-loss of every head is known to `SURE`.
+losses only the quadratic part is left to the sample (see `expansion`), or summed over all rows
+where columns can share a matrix (see `quadratic`). A weight's first search is a rough one, because
+its choice is made again when the other operand has its scale. Survivors of products of attention
+are compared on the largest rows and a sample of the others, so many that the loss of every head is
+known to `SURE`.
 
 From the second round on survivors are compared together with the present choice, so that the
 objective on the rows compared never rises.

@@ -120,9 +120,9 @@ class Curvature:
         Returns
         -------
         Tensor
-            ``[2]``, float64: the variance of the quadratic part and the part itself, of columns
-            that lose what an error of each of their weights in proportion to it makes of them. The
-            variance is infinite where a curvature is not worth its price.
+            ``[2]``, float64: of errors that are alike in all columns, the variance of what they
+            add to the loss, and that itself. The variance is infinite where a curvature is not
+            worth its price.
         """
         rows, columns = problem.output.shape[2:]
         inner = problem.b.shape[2]
