@@ -12,8 +12,9 @@ at two clipping ones. Where few rows carry nearly everything it searches by elim
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
 evaluated twice; an operand is not searched again while the other's choice stands (but after its
 first search, which may have been rough); objectives that are reported are of all rows. Heuristic,
-in `fast` only: a candidate that loses on a sample is dropped, survivors are compared up to `SURE`,
-and elimination leaves out what was hopeless in an earlier search (`HOPELESS`).
+in `fast` only: a candidate that loses on a sample, or by a matrix that columns share, is dropped,
+survivors are compared up to `SURE`, and elimination leaves out what was hopeless in an earlier
+search (`HOPELESS`).
 """
 
 from collections.abc import Callable

@@ -37,7 +37,7 @@ class Stage:
     far: float = math.inf  #: loss over the best one's from which on they do not
 
 
-#: In place of a number of rows.
+#: In place of a number of rows; `far` follows from the curvature's error then.
 ALL = 0
 #: The survivors of the last stage are compared on (nearly) all rows.
 SCHEDULE = (Stage(128, 48), Stage(512, 24, 1.3))
