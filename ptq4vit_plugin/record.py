@@ -94,8 +94,10 @@ class QuantizationRecord(_Frozen):
     Attributes
     ----------
     passes
-        How often the calibration images went forward and backward; each pass records as many ops as
-        fit the memory budget.
+        How often the calibration images went forward and backward through the model; each pass
+        records as many ops, or what reaches as many blocks, as fit the memory budget.
+    replays
+        How often they then went through a single block, whose ops are recorded there.
     peak_memory
         Most bytes the process had held by the end of it; None in checkpoints of older releases.
     trials
@@ -109,6 +111,7 @@ class QuantizationRecord(_Frozen):
     images: int
     seconds: float
     passes: int = 1
+    replays: int = 0
     peak_memory: int | None = None
     trials: tuple[TrialRecord, ...] = ()
 

@@ -24,7 +24,7 @@ from ptq4vit_plugin.algorithms.reconstruction.optimise import Group, learn, weig
 from ptq4vit_plugin.algorithms.reconstruction.variations import varied
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.blocks import find_blocks, run_block, watch_block
+from ptq4vit_plugin.integrations.nncf.blocks import WHOLE, find_blocks, run_block, watch_block
 from ptq4vit_plugin.integrations.nncf.capture import batches, frozen
 from ptq4vit_plugin.quantizers.numerator import NumeratorQuantizer
 from ptq4vit_plugin.record import record_of
@@ -204,6 +204,12 @@ def swin():
     return model.eval()
 
 
+def beit():
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
+    torch.manual_seed(0)
+    return timm.create_model("beit_base_patch16_224", **args, depth=2).eval()
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -220,19 +226,22 @@ def swin():
                 "head.fc",
             ],
         ),
+        # It calls its blocks in a loop, so NNCF's names do not say which one an op is in.
+        (beit, ["patch_embed.proj", "blocks.0", "blocks.1", "head"]),
     ],
 )
 def test_blocks_are_found_and_run_by_themselves(make, expected):
     data = images(2, 3)
     model = ptq.quantize(make(), data, SEARCH)
     data = batches(data)
-    assert find_blocks(model, data[0]) == expected
+    blocks = find_blocks(model, data[0])
+    assert [block.name for block in blocks] == expected
     with torch.no_grad():
-        for name in [*expected, ""]:
-            call = watch_block(model, name, data)
+        for block in [*blocks, WHOLE]:
+            call = watch_block(model, block.name, data)
             assert len(call.output) == 6
             some = torch.tensor([4, 1])
-            output = run_block(model, name, *call.of(some))
+            output = run_block(model, block, *call.of(some))
             torch.testing.assert_close(output, call.output[some], rtol=0, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from ptq4vit_plugin.algorithms.reconstruction.variations import varied
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.device import device_of
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.blocks import Call, find_blocks, watch_block
+from ptq4vit_plugin.integrations.nncf.blocks import WHOLE, Block, Call, find_blocks, watch_block
 from ptq4vit_plugin.integrations.nncf.capture import Batch, frozen
 from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
@@ -28,8 +28,6 @@ from ptq4vit_plugin.reporting.progress import progress
 HELD_OUT = 4
 #: Images from which the whole model is learned, variations included, when there are fewer.
 POOL = 512
-#: The name of the whole model as a block.
-WHOLE = ""
 
 
 def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -127,26 +125,28 @@ class Reconstruct(CalibratedAlgorithm, Learning):
         self, module: nn.Module, teacher: nn.Module, fit: Sequence[Batch], check: Sequence[Batch]
     ) -> None:
         """`apply` for a bare quantized module, its float model, and images by `split`."""
-        names = find_blocks(module, fit[0]) if self.iterations else []
-        with progress("Reconstructing", len(names) + 1) as advance, frozen(module):
-            for place, name in enumerate(names):
+        blocks = find_blocks(module, fit[0]) if self.iterations else []
+        with progress("Reconstructing", len(blocks) + 1) as advance, frozen(module):
+            for place, block in enumerate(blocks):
                 random = _Random(module, self.seed + place)
-                exact = [watch_block(teacher, name, part, self.gradient) for part in (fit, check)]
-                self._learn(module, name, [fit, check], exact, self.iterations, self.drop, random)
-                advance(name)
+                exact = [
+                    watch_block(teacher, block.name, part, self.gradient) for part in (fit, check)
+                ]
+                self._learn(module, block, [fit, check], exact, self.iterations, self.drop, random)
+                advance(block.name)
             if self.finish:
-                random = _Random(module, self.seed + len(names))
+                random = _Random(module, self.seed + len(blocks))
                 # More than are drawn would be of no use.
                 pool = min(POOL, self.finish * self.batch_size)
                 fit = _with_variations(fit, pool, random.host)
-                exact = [watch_block(teacher, WHOLE, part) for part in (fit, check)]
+                exact = [watch_block(teacher, WHOLE.name, part) for part in (fit, check)]
                 self._learn(module, WHOLE, [fit, check], exact, self.finish, 0.0, random)
             advance("whole model")
 
     def _learn(
         self,
         module: nn.Module,
-        name: str,
+        block: Block,
         parts: Sequence[Sequence[Batch]],
         exact: Sequence[Call | None],
         iterations: int,
@@ -155,25 +155,25 @@ class Reconstruct(CalibratedAlgorithm, Learning):
     ) -> None:
         """Learn one block, unless it cannot be called by itself."""
         # The whole model sees the same images, quantized or not.
-        whole = name == WHOLE
-        seen = exact if whole else [watch_block(module, name, part) for part in parts]
+        whole = block == WHOLE
+        seen = exact if whole else [watch_block(module, block.name, part) for part in parts]
         if None in (*seen, *exact):
             return
         fit, check = (Comparison(*pair) for pair in zip(seen, exact, strict=True))
-        block = Learner(module, name, random.device)
+        learner = Learner(module, block, random.device)
         try:
             outcome = learn(
-                lambda images: block.loss(fit, images, drop),
-                lambda: block.error(check, self.batch_size),
-                block.groups(),
+                lambda images: learner.loss(fit, images, drop),
+                lambda: learner.error(check, self.batch_size),
+                learner.groups(),
                 len(fit),
                 iterations,
                 self.batch_size,
                 random.host,
             )
         finally:
-            block.finish()
-        event("block", name=name, before=outcome.before, after=outcome.after)
+            learner.finish()
+        event("block", name=block.name, before=outcome.before, after=outcome.after)
 
 
 class _Random:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -21,6 +21,14 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
 from ptq4vit_plugin.algorithms.op_search import OpSearch
 from ptq4vit_plugin.algorithms.planning import make_plan, matches
+from ptq4vit_plugin.algorithms.recording import (
+    GIB,
+    Part,
+    default_budget,
+    recorded_in,
+    replays,
+    schedule,
+)
 from ptq4vit_plugin.algorithms.settings import (
     Accuracy,
     Activations,
@@ -36,24 +44,19 @@ from ptq4vit_plugin.integrations import distributed
 from ptq4vit_plugin.integrations.device import device_of, free_memory, peak_memory
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import (
-    Batch,
-    in_parts,
-    record,
-    recorded_bytes,
-)
+from ptq4vit_plugin.integrations.nncf.capture import Batch, in_parts, recorded_bytes
 from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.nncf.replay import replayable_blocks
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
-from ptq4vit_plugin.plan import FoundOp, Op, Plan
+from ptq4vit_plugin.plan import FoundOp, Plan
 from ptq4vit_plugin.quantizers.base import SearchRange
 from ptq4vit_plugin.quantizers.half import in_float32
 from ptq4vit_plugin.record import OpRecord, QuantizationRecord, attach
 from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
 
-GIB = 2**30
 # Candidates of the search that only ranks ops.
 SENSITIVITY_STEPS = 25
 Metric = Literal[
@@ -66,8 +69,9 @@ class ScaleSearch(CalibratedAlgorithm):
 
     Lifecycle of `apply`: attention is unfused; batch normalization is folded into convolutions; ops
     are found on the NNCF graph; a plan gives each operand a quantizer; operands and gradients are
-    recorded in as few forward/backward passes as fit the memory; the search runs op by op, always
-    against the floating-point model; quantizers are inserted as NNCF hooks.
+    recorded in as few forward/backward passes as fit the memory, block by block where not all fit;
+    the search runs op by op, always against the floating-point model; quantizers are inserted as
+    NNCF hooks.
     """
 
     weights: Weights = Weights()
@@ -105,8 +109,8 @@ class ScaleSearch(CalibratedAlgorithm):
     memory_budget: float | None = Field(
         default=None,
         gt=0,
-        description="GiB for recorded activations; default: a fifth of what one pass would "
-        "record, 0.5 at least, a quarter of what is free at most",
+        description="GiB for recorded activations; default: a fifth of what all would take, 0.5 at "
+        "least, a quarter of what is free at most",
     )
 
     _finished: Path | None = PrivateAttr(default=None)
@@ -199,7 +203,7 @@ class ScaleSearch(CalibratedAlgorithm):
         plan, found = self.plan(module, graph, len(data[0]))
         if self.mixed_precision is not None:
             plan = self._mixed(module, data, plan, found)
-        quantizers, records, passes = self._calibrate(module, data, plan, found)
+        quantizers, records, runs = self._calibrate(module, data, plan, found)
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
         for place, quantizer in quantizers.items():
             hooks.insert(module, *place, in_float32(quantizer) if half else quantizer)
@@ -214,7 +218,8 @@ class ScaleSearch(CalibratedAlgorithm):
                 ops=tuple(records),
                 images=sum(map(len, data)),
                 seconds=time.perf_counter() - started,
-                passes=passes,
+                passes=len(runs),
+                replays=replays(runs),
                 peak_memory=peak_memory(device_of(module)),
             ),
         )
@@ -243,8 +248,8 @@ class ScaleSearch(CalibratedAlgorithm):
 
     def _calibrate(
         self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
-    ) -> tuple[dict[Place, nn.Module], list[OpRecord], int]:
-        """Search all ops; returns quantizers by place, records, and the number of passes."""
+    ) -> tuple[dict[Place, nn.Module], list[OpRecord], list[list[Part]]]:
+        """Search all ops; returns quantizers by place, records, and what was recorded when."""
         finished = FinishedOps(
             self._finished, self._key(module, data, plan, found) if self._finished else ""
         )
@@ -255,39 +260,40 @@ class ScaleSearch(CalibratedAlgorithm):
         gradient = self.gradient if self.metric == "hessian" else None
         images = sum(map(len, data))
         op_search = OpSearch(module, self.metric, self.rounds, self.search, self.search_range)
-        free = free_memory(device_of(module))
-        groups = list(self._groups(waiting, found, images / example, free))
-        event("calibration", ops=len(plan.ops), finished=len(records), passes=len(groups))
+        passes = self._schedule(module, data, [found[op.name] for op in waiting], images / example)
+        event("calibration", ops=len(plan.ops), finished=len(records), passes=len(passes))
         ranked = gradient is None or len(records) > 0  # is there any gradient to rank by?
         with progress(
-            "Calibrating", len(data) * len(groups) + len(waiting), visible=distributed.rank() == 0
+            "Calibrating",
+            len(data) * len(passes) + replays(passes) + len(waiting),
+            visible=distributed.rank() == 0,
         ) as advance:
-            for number, group in enumerate(groups, 1):
 
-                def batch_done(number: int = number) -> None:
-                    advance("forward and backward")
-                    event("forward_backward", number=number, passes=len(groups))
+            def batch_done(number: int) -> None:
+                advance("forward and backward")
+                event("forward_backward", number=number, passes=len(passes))
 
-                recorded = record(
-                    module, data, [found[op.name] for op in group], gradient, batch_done
-                )
-                for op in group:
-                    advance(f"{op.kind} {op.name}")
-                    seen = recorded.pop(op.name)
-                    ranked = ranked or any(value.any() for value in seen.fisher)
-                    result, made = op_search.search(op, found[op.name], seen, images, quantizers)
-                    quantizers |= made
-                    records.append(result)
-                    if distributed.rank() == 0:
-                        finished.save(result, made)
-                    event("op", done=len(records), ops=len(plan.ops), **_facts(result))
+            def block_done(block: str) -> None:
+                advance(f"forward and backward in {block}")
+                event("block_recorded", block=block)
+
+            recorded = recorded_in(passes, module, data, gradient, batch_done, block_done)
+            for op, seen in zip(waiting, recorded, strict=True):
+                advance(f"{op.kind} {op.name}")
+                ranked = ranked or any(value.any() for value in seen.fisher)
+                result, made = op_search.search(op, found[op.name], seen, images, quantizers)
+                quantizers |= made
+                records.append(result)
+                if distributed.rank() == 0:
+                    finished.save(result, made)
+                event("op", done=len(records), ops=len(plan.ops), **_facts(result))
         if not ranked:
             raise ModelError(
                 "the gradient is zero at every op, so nothing can be ranked; the model's output "
                 "does not depend on its ops, or its softmax is saturated: use gradient kind "
                 "'output', or metric 'mse' or 'cosine'"
             )
-        return quantizers, records, len(groups)
+        return quantizers, records, passes
 
     def _key(
         self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
@@ -301,33 +307,22 @@ class ScaleSearch(CalibratedAlgorithm):
             [[batch.args, batch.kwargs, batch.labels] for batch in data],
         )
 
-    def _groups(
-        self, ops: Sequence[Op], found: dict[str, FoundOp], batches: float, free: int
-    ) -> Iterator[list[Op]]:
-        """Consecutive ops whose recorded tensors fit the budget together; one op at least."""
-        sizes = [recorded_bytes(found[op.name]) * batches for op in ops]
-        budget = self._budget(sizes, free)
-        group: list[Op] = []
-        used = 0.0
-        for op, size in zip(ops, sizes, strict=True):
-            if group and used + size > budget:
-                yield group
-                group, used = [], 0.0
-            group.append(op)
-            used += size
-        if group:
-            yield group
-
-    def _budget(self, sizes: Sequence[float], free: int) -> float:
-        """Bytes of recorded tensors at a time.
-
-        A fifth of everything: with the op that does not fit any more, that makes five passes, of
-        which later ones go backward only as far as their first op.
-        """
+    def _schedule(
+        self, module: nn.Module, data: Sequence[Batch], ops: Sequence[FoundOp], batches: float
+    ) -> list[list[Part]]:
+        """What is recorded when. `batches` is how many there are of the size of the ops' shapes."""
+        sizes = [recorded_bytes(op) * batches for op in ops]
         if self.memory_budget:
-            return self.memory_budget * GIB
-        fifth = sum(sizes) / 5 + max(sizes, default=0)
-        return min(max(fifth, GIB / 2), free / 4)
+            budget = self.memory_budget * GIB
+        else:
+            budget = default_budget(sizes, free_memory(device_of(module)))
+        blocks = {}
+        if sum(sizes) > budget:
+            gradient = self.gradient if self.metric == "hessian" else None
+            per_image = replayable_blocks(module, ops, data[0], gradient)
+            images = sum(map(len, data))
+            blocks = {block: size * images for block, size in per_image.items()}
+        return schedule(ops, sizes, blocks, budget)
 
 
 def _size(found: FoundOp) -> int:

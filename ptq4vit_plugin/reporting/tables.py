@@ -108,6 +108,8 @@ def cost_line(record: QuantizationRecord) -> str:
     """What a calibration took."""
     line = f"calibrated {len(record.ops)} ops on {record.images} images in {record.seconds:.1f} s"
     line += f", {record.passes} forward/backward passes"
+    if record.replays:
+        line += f" and {record.replays} of single blocks"
     if record.peak_memory is not None:
         line += f", peak memory {record.peak_memory / 2**30:.2f} GiB"
     return line

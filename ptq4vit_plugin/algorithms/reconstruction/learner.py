@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ptq4vit_plugin.algorithms.reconstruction.learned import LearnedActivation, LearnedWeight
 from ptq4vit_plugin.algorithms.reconstruction.optimise import Group, weighted_error
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.blocks import Call, hooks_within, run_block
+from ptq4vit_plugin.integrations.nncf.blocks import Block, Call, hooks_within, run_block
 
 #: Learning rates of Adam: weights in steps, steps by their logarithm, zero points in codes, biases
 #: and factors of norms relative to their root mean square.
@@ -32,8 +32,8 @@ class Comparison:
 class Learner:
     """A block (or the whole model) whose quantizers are exchanged for learned ones."""
 
-    def __init__(self, module: nn.Module, name: str, generator: torch.Generator) -> None:
-        self.module, self.name, self.generator = module, name, generator
+    def __init__(self, module: nn.Module, block: Block, generator: torch.Generator) -> None:
+        self.module, self.block, self.generator = module, block, generator
         self.activations: list[LearnedActivation] = []
         self.weights: list[LearnedWeight] = []
         parameters = dict(module.named_parameters())
@@ -42,10 +42,10 @@ class Learner:
         taken |= {id(parameters[hook.op]) for hook in found if hook.op in parameters}
         self.others = [
             p
-            for p in module.get_submodule(name).parameters()
+            for p in module.get_submodule(block.name).parameters()
             if p.ndim == 1 and p.is_floating_point() and id(p) not in taken
         ]
-        for hook in hooks_within(module, name):
+        for hook in hooks_within(module, block):
             if hook.when == "pre" and LearnedActivation.can_learn(hook.module):
                 learned = LearnedActivation(hook.module, self.generator)
                 self.activations.append(learned)
@@ -103,7 +103,7 @@ class Learner:
     def _error(self, of: Comparison, args: Any, kwargs: Any, images: Tensor, drop: float) -> Tensor:
         for learned in self.activations:
             learned.drop = drop
-        output = run_block(self.module, self.name, args, kwargs)
+        output = run_block(self.module, self.block, args, kwargs)
         importance = None if of.importance is None else of.importance[images]
         return weighted_error(output, of.exact.output[images], importance)
 

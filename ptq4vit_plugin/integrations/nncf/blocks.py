@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,80 +12,135 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, backward, frozen, outputs_of, run
+from ptq4vit_plugin.integrations.nncf.capture import (
+    Batch,
+    backward,
+    frozen,
+    outputs_of,
+    run,
+    taken_by_the_model,
+    with_gradient,
+)
 from ptq4vit_plugin.integrations.nncf.decompose import decomposing
 
 
-def find_blocks(model: nn.Module, batch: Batch) -> list[str]:
+@dataclass(frozen=True)
+class Block:
+    """A module that can be run by itself.
+
+    Attributes
+    ----------
+    name
+        Of the module; empty for the model itself.
+    around
+        Names of the modules around its call, the outermost first.
+    ops
+        Names of the ops that run in it.
+    """
+
+    name: str
+    around: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+
+
+#: The whole model as a block.
+WHOLE = Block("")
+
+
+def find_blocks(model: nn.Module, batch: Batch) -> list[Block]:
     """The modules of a quantized model to be learned one after the other, as they are executed.
 
-    A block is a child of an `nn.Sequential` or `nn.ModuleList` with two quantized ops in it at
-    least and no such child inside. An op in no block is a block by itself if a module without
-    children holds it.
+    They are the blocks around quantized ops. An op in no block is a block by itself if a module
+    without children holds it.
 
     Parameters
     ----------
     model
         Wrapped by NNCF, with quantizers.
     batch
-        Images to run it on once, for the order.
+        Images to run it on, for the order.
+    """
+    around = locate(model, batch)
+    found = list(hooks.quantizers(model))
+    ports = {hook.op for hook in found if hook.when == "pre"}
+    owners = {_owner(hook) for hook in found if hook.when == "post"}
+    quantized = [op for op, modules in around.items() if op in ports or owners & set(modules[-1:])]
+    blocks = blocks_around(model, around, quantized)
+    inside = {op for block in blocks for op in block.ops}
+    alone = dict.fromkeys(around[op][-1] for op in quantized if op not in inside and around[op])
+    blocks += [
+        _block(name, around) for name in alone if not list(model.get_submodule(name).children())
+    ]
+    order = list(around)
+    return sorted(blocks, key=lambda block: order.index(block.ops[0]))
+
+
+def blocks_around(
+    model: nn.Module, around: Mapping[str, Sequence[str]], ops: Iterable[str]
+) -> list[Block]:
+    """The children of an `nn.Sequential` or `nn.ModuleList` with two of the ops in them at least,
+    and no such child inside.
+
+    Parameters
+    ----------
+    around
+        The result of `locate`.
+    ops
+        Their names.
     """
     modules = dict(model.named_modules())
-    places = _places_of_ops(model)
     lists = (nn.Sequential, nn.ModuleList)
+    ops_in = Counter(name for op in ops for name in set(around[op]) if name)
     repeated = [
         name
-        for name in modules
-        if name
-        and isinstance(modules[name.rpartition(".")[0]], lists)
-        and sum(_within(place, name) for place in places) > 1
+        for name, count in ops_in.items()
+        if count > 1 and isinstance(modules[name.rpartition(".")[0]], lists)
     ]
-    blocks = {
-        name
+    return [
+        _block(name, around)
         for name in repeated
         if not any(other != name and _within(other, name) for other in repeated)
-    }
-    alone = {
-        place
-        for place in places
-        if place in modules
-        and not list(modules[place].children())
-        and not any(_within(place, name) for name in blocks)
-    }
-    order: dict[str, None] = {}
-    handles = [
-        modules[name].register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
-        for name in blocks | alone
     ]
-    try:
-        with torch.no_grad():
-            run(model, batch.to(model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(order)
 
 
-def hooks_within(model: nn.Module, block: str) -> list[hooks.Hook]:
-    """The hooks that run inside a block; all of them if the name is empty."""
-    return [hook for hook in hooks.hooks(model) if _within(_place(hook), block)]
+def locate(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
+    """Inside which modules every op runs, in the order of execution, as `hooks.locate`.
+
+    Raises
+    ------
+    DataError
+        The model cannot take the images.
+    """
+    batch = batch.to(model)
+    with frozen(model), taken_by_the_model(batch):
+        return hooks.locate(model, batch.args, batch.kwargs)
 
 
-def _place(hook: hooks.Hook) -> str:
-    """Name of the module in which a hook runs: of the op's caller or the parameter's owner."""
-    return hook.op.rpartition(".")[0] if hook.when == "post" else ".".join(hook.op.split("/")[:-2])
+def hooks_within(model: nn.Module, block: Block) -> list[hooks.Hook]:
+    """The hooks that run inside a block."""
+    if block == WHOLE:
+        return list(hooks.hooks(model))
+    ops = set(block.ops)
+    return [
+        hook
+        for hook in hooks.hooks(model)
+        if (_within(_owner(hook), block.name) if hook.when == "post" else hook.op in ops)
+    ]
 
 
-def _places_of_ops(model: nn.Module) -> list[str]:
-    """The place of every quantized op, once for each op."""
-    found = list(hooks.quantizers(model))
-    places = [_place(hook) for hook in {h.op: h for h in found if h.when == "pre"}.values()]
-    # Ops of which only the weight is quantized.
-    return places + [_place(h) for h in found if h.when == "post" and _place(h) not in places]
+def _block(name: str, around: Mapping[str, Sequence[str]]) -> Block:
+    ops = tuple(op for op, modules in around.items() if name in modules)
+    modules = around[ops[0]]
+    return Block(name, tuple(modules[: modules.index(name)]), ops)
+
+
+def _owner(hook: hooks.Hook) -> str:
+    """Name of the module whose parameter a hook runs on."""
+    return hook.op.rpartition(".")[0]
 
 
 def _within(name: str, block: str) -> bool:
-    return not block or name == block or name.startswith(f"{block}.")
+    return name == block or name.startswith(f"{block}.")
 
 
 @dataclass(frozen=True)
@@ -143,23 +199,19 @@ def watch_block(
     squares: list[Tensor] = []
 
     def see_inputs(_: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs.append((_kept(args), _kept(kwargs)))
+        inputs.append((copied(args), copied(kwargs)))
 
     def see_output(_: nn.Module, args: Any, output: Any) -> Any:
         outputs.append(output.detach().clone() if isinstance(output, Tensor) else None)
         if gradient is None or outputs[-1] is None:
             return None
-        # Parameters are frozen: autograd follows the forward pass from here. A copy, because what
-        # comes next may write in place.
-        first = output.detach().requires_grad_().clone()
-        total = torch.zeros_like(first)
+        total = torch.zeros_like(outputs[-1])
         squares.append(total)
 
         def add(grad: Tensor) -> None:
             total.add_(grad.square() / gradient.probes)
 
-        first.register_hook(add)
-        return first
+        return with_gradient(output, add)
 
     block = model.get_submodule(name)
     handles = [
@@ -185,25 +237,29 @@ def watch_block(
     return _joined(parts)
 
 
-def run_block(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Call a block by itself; it computes what it computes in the model's forward.
-
-    Parameters
-    ----------
-    name
-        Empty for the model itself.
-    """
-    if not name:
+def run_block(
+    model: nn.Module, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """Call a block by itself; it computes what it computes in the model's forward."""
+    if block == WHOLE:
         return outputs_of(model, model(*args, **kwargs)).tensors[0]
-    with hooks.inside(model, name), decomposing(model):
-        return model.get_submodule(name)(*args, **kwargs)
+    with hooks.inside(model, block.around, block.ops), decomposing(model):
+        return model.get_submodule(block.name)(*args, **kwargs)
 
 
-def _kept(values: Any) -> Any:
-    """Copies of the tensors in a tuple or a dict, because a later op may write into them."""
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def copied(values: Any, copy: Callable[[Tensor], Tensor] = _copy) -> Any:
+    """Arguments with copies of their tensors, because a later op may write into them."""
+    if isinstance(values, Tensor):
+        return copy(values)
     if isinstance(values, dict):
-        return {key: _kept((value,))[0] for key, value in values.items()}
-    return tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in values)
+        return {key: copied(value, copy) for key, value in values.items()}
+    if type(values) in (tuple, list):
+        return type(values)(copied(value, copy) for value in values)
+    return values
 
 
 def _joined(parts: Sequence[Call]) -> Call:

@@ -215,9 +215,36 @@ def record(
     DataError
         Labels are asked for and the data has none; or the model cannot take the images.
     """
+    with recording(model, ops, gradient) as (recorded, kept), frozen(model):
+        for batch in data:
+            with torch.set_grad_enabled(gradient is not None):
+                result = run(model, batch.to(model))
+                kept.forget()
+                if gradient:
+                    backward(outputs_of(model, result), gradient, batch)
+            progress()
+    return recorded
+
+
+@contextmanager
+def recording(
+    model: nn.Module, ops: Iterable[FoundOp], gradient: Gradient | None
+) -> Iterator[tuple[dict[str, Recorded], Copies]]:
+    """Record what ops see for as long as the context lasts, whoever runs them.
+
+    Yields
+    ------
+    tuple
+        What was recorded, by op name; and the copies, to be forgotten between batches.
+
+    Raises
+    ------
+    ModelError
+        On leaving: a gradient is not finite.
+    """
     ops = list(ops)
     recorded = {op.name: Recorded() for op in ops}
-    kept = _Copies()
+    kept = Copies()
 
     def keep_input(name: str, port: int) -> Callable[[Tensor], None]:
         return lambda x: recorded[name].inputs[port].append(kept.copy(x))
@@ -236,14 +263,7 @@ def record(
                 fisher[place] = fisher[place].add_(square) if added else square
                 added = True
 
-            # Parameters are frozen: autograd follows the forward pass from the first op that is
-            # recorded, not from the images. A copy, because what comes next may write in place.
-            first = None if y.requires_grad else y.detach().requires_grad_().clone()
-            # A tensor hook, unlike torch.autograd.grad, still speaks of this value when the model
-            # goes on to write into it in place (an in-place activation function, a residual added
-            # in place).
-            (y if first is None else first).register_hook(add_square)
-            return first
+            return with_gradient(y, add_square)
 
         return see
 
@@ -254,20 +274,27 @@ def record(
         if source.parameter is None
     }
     outputs = {op.name: keep_squared_gradient(op.name) for op in ops} if gradient else {}
-    with watching(model, inputs, outputs), frozen(model):
-        for batch in data:
-            with torch.set_grad_enabled(gradient is not None):
-                result = run(model, batch.to(model))
-                kept.forget()
-                if gradient:
-                    backward(outputs_of(model, result), gradient, batch)
-            progress()
+    with watching(model, inputs, outputs):
+        yield recorded, kept
     for name, seen in recorded.items():
         if not all(value.isfinite().all() for value in seen.fisher):
             raise ModelError(
                 f"the gradient at {name} is not finite; check the model's weights and the images"
             )
-    return recorded
+
+
+def with_gradient(y: Tensor, see: Callable[[Tensor], None]) -> Tensor | None:
+    """Show the gradient at a value to a function; what is returned, if anything, takes its place.
+
+    Parameters are frozen: autograd follows the forward pass from the first value that is watched,
+    not from the images. Then that is a copy, because what comes next may write in place.
+    """
+    first = None if y.requires_grad else y.detach().requires_grad_().clone()
+    # A tensor hook, unlike torch.autograd.grad, still speaks of this value when the model goes on
+    # to write into it in place (an in-place activation function, a residual added in place). What
+    # it returns, None, leaves autograd's own gradient as it is.
+    (y if first is None else first).register_hook(see)
+    return first
 
 
 def token_weights(
@@ -291,12 +318,7 @@ def token_weights(
         def see(y: Tensor) -> Tensor | None:
             total = torch.zeros_like(y.detach().movedim(channel, -1)[..., 0].float()).flatten()
             kept[op.name].append(total)
-            first = None if y.requires_grad else y.detach().requires_grad_().clone()  # see `record`
-            # The hook returns None: autograd's own gradient goes on unchanged.
-            (y if first is None else first).register_hook(
-                lambda grad: add(total, grad.float().square().mean(channel))
-            )
-            return first
+            return with_gradient(y, lambda grad: add(total, grad.float().square().mean(channel)))
 
         return see
 
@@ -320,7 +342,7 @@ def run(model: nn.Module, batch: Batch) -> Any:
         return model(*batch.args, **batch.kwargs)
 
 
-class _Copies:
+class Copies:
     """Copies of tensors, one for all ops that see the same one.
 
     Copies, because a later op of the model may write into the tensor in place.

@@ -6,11 +6,12 @@ Everything the plugin needs of ``nncf.torch.function_hook`` goes through this mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import nncf
+import torch
 from nncf.common.graph.graph import NNCFGraph
 from nncf.torch.function_hook import (
     register_post_function_hook,
@@ -295,23 +296,64 @@ def watching(
             handle.remove()
 
 
+class _LocatingMode(FunctionHookMode):
+    """NNCF's own mode, which notes inside which calls of modules every op runs."""
+
+    def __init__(self, model: nn.Module, hook_storage: HookStorage) -> None:
+        super().__init__(model, hook_storage)
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.around: dict[str, tuple[str, ...]] = {}
+
+    def get_next_op_call_name(self, fn_name: str) -> str:
+        op = super().get_next_op_call_name(fn_name)
+        _, *modules = (self.names.get(id(module), "") for module in self.module_call_stack)
+        self.around[op] = tuple(modules)
+        return op
+
+
+@torch.no_grad()
+def locate(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[str, ...]]:
+    """Run a model once and tell inside which modules every op runs.
+
+    An op's name does not say it where a model calls modules past their parents, as a loop over an
+    `nn.ModuleList` does: then NNCF leaves them out and numbers the calls of all of them together.
+
+    Parameters
+    ----------
+    args, kwargs
+        Of its forward.
+
+    Returns
+    -------
+    dict
+        By op name, the modules' names, the outermost first and without the model itself.
+    """
+    storage = get_hook_storage(model) if is_wrapped(model) else HookStorage()
+    with _LocatingMode(model, storage) as mode:
+        args, kwargs = mode.process_model_inputs(args, kwargs)
+        forward_of(model)(*args, **kwargs)
+    return mode.around
+
+
 @contextmanager
-def inside(model: nn.Module, name: str) -> Iterator[None]:
+def inside(model: nn.Module, around: Sequence[str], ops: Iterable[str]) -> Iterator[None]:
     """Let a submodule that is called by itself run its hooks, as it does in the model's forward.
 
     Parameters
     ----------
-    name
-        Of the submodule, which the model calls once. NNCF names its ops by the modules around it.
+    around
+        Names of the modules around the submodule's call, the outermost first.
+    ops
+        Those inside it, which are to have the names that they have in the model's forward.
     """
     if not is_wrapped(model):
         yield
         return
     with FunctionHookMode(model, get_hook_storage(model)) as mode:
-        parent = model
-        for part in name.split(".")[:-1]:
-            parent = parent.get_submodule(part)
-            mode.push_module_call_stack(parent)
+        for name in around:
+            mode.push_module_call_stack(model.get_submodule(name))
+        calls = sorted((op.rpartition("/")[0], int(op.rpartition("/")[2])) for op in ops)
+        mode.op_calls.update({name: first for name, first in reversed(calls)})
         yield
 
 
