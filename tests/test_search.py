@@ -18,6 +18,7 @@ from ptq4vit_plugin.algorithms.search.expansion import Expansion
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.search.losses import Losses
 from ptq4vit_plugin.algorithms.search.quadratic import Curvature, Sampled
+from ptq4vit_plugin.algorithms.search.rows import look
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELU
 from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmax
@@ -391,6 +392,57 @@ def test_fast_is_rough_only_with_what_it_searches_again(quantized, rounds, monke
         monkeypatch.setattr(halving, "ERROR", error)
         fast = search(op, a, b, order=order, rounds=rounds, strategy="fast")
         assert fast.after <= best.after * 1.001
+
+
+def even(bits, uneven=0.0, rows=4096, inputs=256):
+    """A linear whose rows matter alike, or less so."""
+    g = torch.Generator().manual_seed(8)
+    op = Gemm(normal(g, 1, 1, rows, inputs), normal(g, 1, 1, inputs, 16))
+    op.fisher = torch.exp(uneven * normal(g, 1, 1, rows, 1)) * normal(g, 1, 1, rows, 16).square()
+    a = Uniform(bits, TENSOR, SearchRange())
+    b = Uniform(bits, Grouping((1, 1, 1, 16)), SearchRange())
+    a.observe(op.a)
+    b.observe(op.b)
+    return op, a, b
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_where_rows_matter_alike_a_descent_finds_the_least_loss(bits, monkeypatch):
+    found = []
+    original = halving.Halving._descended
+
+    def spy(self, operand, start, turn):
+        before, choice = self.losses.evaluations, original(self, operand, start, turn)
+        found.append((int(choice), self.losses.evaluations - before))
+        return choice
+
+    monkeypatch.setattr(halving.Halving, "_descended", spy)
+    op, a, b = even(bits)
+    fast, best = (search(op, a, b, strategy=s) for s in ("fast", "exhaustive"))
+    assert torch.equal(fast.a_index, best.a_index) and int(fast.a_index) == found[-1][0]
+    assert len(found) > 1 and all(evaluations <= 7 for _, evaluations in found)
+    assert fast.after <= best.after * 1.0005
+    found.clear()
+    # Where few rows or values decide, the loss has several minima.
+    search(*even(bits, uneven=2.0), strategy="fast")
+    search(*even(bits, rows=1000), strategy="fast")
+    search(*even(bits, inputs=24), strategy="fast")
+    assert found == []
+
+
+@pytest.mark.parametrize("off", [-30, -3, 0, 3])
+def test_a_descent_goes_as_far_as_it_must(off):
+    op, a, b = even(6)
+    losses = Losses(problem.problem_of(op, {"a": a, "b": b}, "hessian", 1), lambda x: x)
+    every = losses.candidates("a")
+    curve = [float(losses.at(losses.problem, "a", index).sum()) for index in every]
+    least = curve.index(min(curve))
+    start = every[least + off]
+    search_ = halving.Halving(losses, look(losses)[1])
+    assert int(search_._descended("a", start, 0)) == least
+    # The present choice stays where it loses less than the minimum that is found.
+    losses._known[losses.key("a", losses.chosen("a"), losses.problem)] = torch.zeros(1, 1, 1, 1)
+    assert int(search_._descended("a", start, 1)) == a.n
 
 
 @pytest.mark.parametrize("metric", ["hessian", "mse", "linear_weighted_l2"])

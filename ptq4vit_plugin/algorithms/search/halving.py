@@ -5,9 +5,10 @@ a probability proportional to its share of what is lost, which differs between o
 of q, k, v), so that a weight's columns draw their own rows in blocks of up to 64. Of a weight's
 losses only the quadratic part is left to the sample (see `expansion`), or summed over all rows
 where columns can share a matrix (see `quadratic`). A weight's first search is a rough one, because
-its choice is made again when the other operand has its scale. Survivors of products of attention
-are compared on the largest rows and a sample of the others, so many that the loss of every head is
-known to `SURE`.
+its choice is made again when the other operand has its scale. What an operand with one scale loses
+is a smooth curve where many rows matter: a descent on all rows finds its minimum from where a small
+sample has it. Survivors of products of attention are compared on the largest rows and a sample of
+the others, so many that the loss of every head is known to `SURE`.
 
 From the second round on survivors are compared together with the present choice, so that the
 objective on the rows compared never rises.
@@ -63,6 +64,15 @@ SINGLE_SCHEDULE = (
     Stage(1536, 5, 1.02),
     Stage(8192, 3, 1.01),
 )
+#: The same where a descent follows, from the best.
+DESCENT_SCHEDULE = (Stage(32, 24), Stage(128, 12), Stage(512, 1))
+#: Rows up to which a descent takes fewer evaluations than the last stages of samples.
+DESCENT_ROWS = 32768
+#: Rows with equal gradients that would tell as much as those there are (Kish's effective number),
+#: and values in them: with fewer, a few decide, and the loss has several minima.
+EVEN_ROWS, EVEN_VALUES = 2048, 2**19
+#: So many candidates from the present choice, a descent begins there, where the loss is known.
+NEAR = 4
 #: The same for angle metrics, which have no gradient to tell which rows matter.
 ANGLE_SCHEDULE = (Stage(1024, 24),)
 #: Schedules in which only the quadratic part of a weight's losses is estimated.
@@ -99,13 +109,38 @@ class Halving:
         `again` says that the operand will be searched again whatever the choice is.
         """
         current = self.losses.chosen(operand)
-        candidates = self._survivors(operand, self._schedule(operand, again))
+        schedule = self._schedule(operand, again)
+        candidates = self._survivors(operand, schedule)
+        if schedule == DESCENT_SCHEDULE and len(candidates) == 1:
+            return self._descended(operand, candidates[0], turn)
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])
         # The start scales, the last row, may be a group's choice still.
         every = len(self.losses.candidates(operand)) + 1
         which = torch.zeros(every, *current.shape, dtype=torch.bool, device=current.device)
         return self.losses.best(self._finals, operand, which.scatter_(0, candidates, True))
+
+    def _descended(self, operand: str, start: Tensor, turn: int) -> Tensor:
+        """The candidate of one scale that loses less, on all rows, than those next to it."""
+        losses, current = self.losses, self.losses.chosen(operand)
+        candidates = losses.candidates(operand)
+
+        def loss(index: Tensor) -> float:
+            return float(losses.at(self._finals, operand, index).sum())
+
+        # The start scales are behind the last candidate and next to none.
+        if turn > 0 and int(current) < len(candidates) and int((start - current).abs()) <= NEAR:
+            start = current
+        best = int(start)
+        while True:
+            around = (best, best - 1, best + 1)
+            least = min(
+                (i for i in around if 0 <= i < len(candidates)), key=lambda i: loss(candidates[i])
+            )
+            if least == best:
+                break
+            best = least
+        return min(([current] if turn > 0 else []) + [candidates[best]], key=loss)
 
     def _survivors(self, operand: str, schedule: tuple[Stage, ...]) -> Tensor:
         """The candidates ``[n, *group shape]`` that survive the stages of `schedule`."""
@@ -147,12 +182,25 @@ class Halving:
         if problem.output.shape[0] > 1:
             return BATCHED_SCHEDULE
         if self.losses.chosen(operand).numel() == 1:
-            return SINGLE_SCHEDULE
+            return DESCENT_SCHEDULE if self._is_smooth else SINGLE_SCHEDULE
         if operand == "a" or problem.metric == "l1":
             return SCHEDULE
         if self._error <= ERROR:
             return ROUGH_CURVED_SCHEDULE if again else CURVED_SCHEDULE
         return ROUGH_SCHEDULE if again else EXPANDED_SCHEDULE
+
+    @cached_property
+    def _is_smooth(self) -> bool:
+        """Whether the loss is a smooth curve of an operand's one scale; processes find the same."""
+        if self._parts is None:
+            return False
+        of_rows = self._parts[0].sum(3, dtype=torch.float64)
+        sums = torch.stack(
+            [of_rows.sum(), of_rows.square().sum(), of_rows.new_tensor(of_rows.numel())]
+        )
+        whole, squares, rows = self.losses.reduce(sums).tolist()
+        least = max(EVEN_ROWS, EVEN_VALUES / self.losses.problem.a.shape[3])
+        return rows <= DESCENT_ROWS and whole**2 >= least * squares > 0
 
     @cached_property
     def _error(self) -> float:

@@ -26,7 +26,7 @@ def prepare(model: nn.Module, batch: Batch) -> list[str]:
     model
         In evaluation mode; changed in place.
     batch
-        Images to run it on once, to see what it calls.
+        Its first image is run once, to see what the model calls.
 
     Returns
     -------
@@ -39,7 +39,8 @@ def prepare(model: nn.Module, batch: Batch) -> list[str]:
         The model cannot take the images.
     """
     switched = unfuse_attention(model)
-    if not is_decomposed(model) and needs_decomposing(model, lambda: run(model, batch)):
+    image = batch.of(torch.tensor([0]))
+    if not is_decomposed(model) and needs_decomposing(model, lambda: run(model, image)):
         decompose(model)
     return switched
 
