@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeVar
 
@@ -71,20 +71,28 @@ def schedule(
     blocks
         Bytes that reach each block that can be run by itself.
     """
-
+    size_of = {op.name: size for op, size in zip(ops, sizes, strict=True)}
     block_of = {name: block for block in blocks for name in block.ops}
-    pairs = zip(ops, sizes, strict=True)
-    runs = [(block, list(run)) for block, run in groupby(pairs, lambda p: block_of.get(p[0].name))]
+    runs = [(block, list(run)) for block, run in groupby(ops, lambda op: block_of.get(op.name))]
     times = Counter(block for block, _ in runs)
     parts = []
     for block, run in runs:
         # A block whose ops do not follow each other would have to be run for each of them.
         if block and times[block] == 1:
-            groups = _fitting([op for op, _ in run], [size for _, size in run], budget)
-            parts.append(Part(groups, blocks[block], block))
+            parts.append(Part([run], blocks[block], block))
         else:
-            parts += [Part([[op]], size) for op, size in run]
-    return _fitting(parts, [part.size for part in parts], budget)
+            parts += [Part([[op]], size_of[op.name]) for op in run]
+    # What reaches the blocks leaves room for what is recorded in one.
+    share = budget / 2 if any(part.block for part in parts) else budget
+    passes = _fitting(parts, [part.size for part in parts], share)
+    for number, of_pass in enumerate(passes):
+        room = budget - sum(part.size for part in of_pass)
+        passes[number] = [
+            replace(part, groups=_fitting(run, [size_of[op.name] for op in run], room))
+            for part in of_pass
+            for run in part.groups
+        ]
+    return passes
 
 
 def replays(passes: Sequence[Sequence[Part]]) -> int:

@@ -260,7 +260,8 @@ class ScaleSearch(CalibratedAlgorithm):
         gradient = self.gradient if self.metric == "hessian" else None
         images = sum(map(len, data))
         op_search = OpSearch(module, self.metric, self.rounds, self.search, self.search_range)
-        passes = self._schedule(module, data, [found[op.name] for op in waiting], images / example)
+        ops = [found[op.name] for op in waiting]
+        passes = self._schedule(module, data, ops, images / example, gradient)
         event("calibration", ops=len(plan.ops), finished=len(records), passes=len(passes))
         ranked = gradient is None or len(records) > 0  # is there any gradient to rank by?
         with progress(
@@ -308,7 +309,12 @@ class ScaleSearch(CalibratedAlgorithm):
         )
 
     def _schedule(
-        self, module: nn.Module, data: Sequence[Batch], ops: Sequence[FoundOp], batches: float
+        self,
+        module: nn.Module,
+        data: Sequence[Batch],
+        ops: Sequence[FoundOp],
+        batches: float,
+        gradient: Gradient | None,
     ) -> list[list[Part]]:
         """What is recorded when. `batches` is how many there are of the size of the ops' shapes."""
         sizes = [recorded_bytes(op) * batches for op in ops]
@@ -318,7 +324,6 @@ class ScaleSearch(CalibratedAlgorithm):
             budget = default_budget(sizes, free_memory(device_of(module)))
         blocks = {}
         if sum(sizes) > budget:
-            gradient = self.gradient if self.metric == "hessian" else None
             per_image = replayable_blocks(module, ops, data[0], gradient)
             images = sum(map(len, data))
             blocks = {block: size * images for block, size in per_image.items()}
