@@ -20,6 +20,7 @@ from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELUQuantizer
 from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmaxQuantizer
 from ptq4vit_plugin.record import record_of
+from ptq4vit_plugin.reporting.tables import cost_line
 
 SHORT = {"rounds": 1}
 
@@ -118,6 +119,10 @@ def test_memory_budget_changes_passes_not_scales(model, quantized):
     # Every op by itself: in a pass of its own, or by a run of the block after the block's pass.
     assert record_of(tight).passes == len(ops) - len(in_block) + 1 == 3
     assert record_of(tight).replays == len(in_block) == 6
+    assert "s, 3 forward/backward passes and 6 of single blocks, peak" in cost_line(
+        record_of(tight)
+    )
+    assert "s, 1 forward/backward pass, peak memory" in cost_line(record_of(quantized))
     assert record_of(tight).peak_memory > 2**27
 
 

@@ -107,7 +107,7 @@ def metrics_table(metrics: Metrics) -> Table:
 def cost_line(record: QuantizationRecord) -> str:
     """What a calibration took."""
     line = f"calibrated {len(record.ops)} ops on {record.images} images in {record.seconds:.1f} s"
-    line += f", {record.passes} forward/backward passes"
+    line += f", {record.passes} forward/backward {'pass' if record.passes == 1 else 'passes'}"
     if record.replays:
         line += f" and {record.replays} of single blocks"
     if record.peak_memory is not None:
