@@ -14,7 +14,7 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.recording import recorded_in, replays, schedule
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.blocks import Block, locate
+from ptq4vit_plugin.integrations.nncf.blocks import Block, blocks_around, locate
 from ptq4vit_plugin.integrations.nncf.capture import batches, record
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
@@ -94,6 +94,8 @@ def test_ops_are_located_where_their_modules_are_called():
     around = locate(model, data[0])
     # NNCF's own names do not say which block it is.
     assert around["attn/proj/linear/1"] == ("blocks.1", "blocks.1.attn", "blocks.1.attn.proj")
+    # An op that does not run for one image is in no block.
+    assert blocks_around(model, around, ["attn/proj/linear/8", "attn/proj/linear/9"]) == []
     seen, expected = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

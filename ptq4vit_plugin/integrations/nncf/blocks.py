@@ -86,11 +86,11 @@ def blocks_around(
     around
         The result of `locate`.
     ops
-        Their names.
+        Their names; what is not in `around` did not run, and is in no block.
     """
     modules = dict(model.named_modules())
     lists = (nn.Sequential, nn.ModuleList)
-    ops_in = Counter(name for op in ops for name in set(around[op]) if name)
+    ops_in = Counter(name for op in ops for name in set(around.get(op, ())) if name)
     repeated = [
         name
         for name, count in ops_in.items()
