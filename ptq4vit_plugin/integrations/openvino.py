@@ -15,6 +15,7 @@ from ptq4vit_plugin.errors import CheckpointError, ExportError
 from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.integrations.lowering import QuantizedOp
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
+from ptq4vit_plugin.integrations.openvino_placement import place_quantizers
 from ptq4vit_plugin.integrations.qdq import qdq_model
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
 from ptq4vit_plugin.sealing import BLANK, check_seal, seal
@@ -84,7 +85,7 @@ class OpenVINOExporter(Exporter):
         self, model: nn.Module, example: Tensor, dynamic: Sequence[int], per_tensor: bool
     ) -> tuple[openvino.Model, dict[str, Any]]:
         """The model with dynamic dimensions, and what runs as integers."""
-        lowered, found = qdq_model(model, per_tensor)
+        lowered, found = qdq_model(model, per_tensor, selected=True)
         with warnings.catch_warnings(), torch.no_grad():
             # The tracer's remarks on Python numbers; what it took for constants wrongly shows when
             # the file is compared at other sizes.
@@ -92,7 +93,15 @@ class OpenVINOExporter(Exporter):
             logging.getLogger("openvino").setLevel(logging.ERROR)
             made = openvino.convert_model(lowered, example_input=example)
         made.reshape([-1 if d in dynamic else n for d, n in enumerate(example.shape)])
-        return made, _precisions(made, found)
+        placed = made.clone()
+        place_quantizers(placed)
+        try:
+            facts = _precisions(placed, found)
+        except RuntimeError:
+            # Not every kernel takes a quantizer behind it, such as one of a product that is
+            # multiplied by a factor per head.
+            return made, _precisions(made, found)
+        return placed, facts
 
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Run the files in OpenVINO on the CPU, what is not quantized in float32."""

@@ -44,8 +44,10 @@ def test_plain_fake_quantize_is_the_simulation(
 ):
     model, x = quantized(family, bits), batch(family, 8, seed=1)
     lowered, _ = qdq_model(model, per_tensor, unsigned)
+    selected, _ = qdq_model(model, per_tensor, unsigned, selected=True)
     with torch.no_grad():
         assert logit_sqnr(model(x), lowered(x)) > 30
+        assert torch.equal(selected(x), lowered(x))
 
 
 @pytest.mark.parametrize(("per_tensor", "unsigned"), [(False, False), (True, False), (True, True)])
@@ -174,8 +176,8 @@ def test_openvino_refuses_and_names_a_product_in_float(quantized, batch, tmp_pat
         def forward(self, x):
             return x, None
 
-    def with_float_activations(model, per_tensor):
-        lowered, found = qdq_model(model, per_tensor)
+    def with_float_activations(model, *how, **named):
+        lowered, found = qdq_model(model, *how, **named)
         grids = lowered.named_ops()["blocks/1/mlp/fc1/linear/0"].left
         grids[0] = Float()
         return lowered, found
