@@ -29,13 +29,18 @@ def has_int8_dot(device: torch.device) -> bool:
     return False
 
 
+def multiplies_bytes(device: torch.device) -> bool:
+    """Whether it is an x86 CPU that multiplies 8-bit integers faster than float32: from AVX2."""
+    avx2 = getattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    return device.type == "cpu" and bool(avx2())
+
+
 def adds_int8_pairs(device: torch.device) -> bool:
     """Whether it is an x86 CPU whose 8-bit products are added in pairs, in 16 bits that saturate.
 
     That is AVX2 or AVX-512 without VNNI.
     """
-    avx2 = getattr(torch.cpu, "_is_avx2_supported", lambda: False)
-    return device.type == "cpu" and bool(avx2()) and not has_int8_dot(device)
+    return multiplies_bytes(device) and not has_int8_dot(device)
 
 
 def needs_padded_int8(device: torch.device) -> bool:

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.errors import CheckpointError, ExportError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
+from ptq4vit_plugin.integrations.device import adds_int8_pairs
 from ptq4vit_plugin.integrations.integer import product
+from ptq4vit_plugin.integrations.integer.byte_linear import is_exact, pairs_fit
 from ptq4vit_plugin.integrations.integer.checkpoint import pack, unpack
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
 from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
-from ptq4vit_plugin.integrations.integer.pairs import has_exact_pairs, pairs_fit
 from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.branches import Branch, branches_of, packed_codes
@@ -102,7 +103,7 @@ def test_whole_model_is_close_to_the_simulation(family, bits, quantized, batch, 
     assert report.files == {"model.safetensors": (tmp_path / "model.safetensors").stat().st_size}
 
 
-@pytest.mark.parametrize("way", ["dot", "pairs", "float"])
+@pytest.mark.parametrize("way", ["dot", "bytes", "float"])
 @pytest.mark.parametrize(
     ("inner", "lowest", "highest"),
     [
@@ -117,25 +118,27 @@ def test_whole_model_is_close_to_the_simulation(family, bits, quantized, batch, 
     ],
 )
 def test_products_are_those_of_int64(inner, lowest, highest, way, monkeypatch):
-    if way == "pairs" and not has_exact_pairs(torch.device("cpu")):
-        pytest.skip("this CPU does not add pairs of 8-bit products in 16 bits")
-    monkeypatch.setattr(product, "has_int8_dot", lambda device: way == "dot")
-    monkeypatch.setattr(product, "has_exact_pairs", lambda device: way == "pairs")
+    paired = way == "bytes" and adds_int8_pairs(torch.device("cpu"))
     generator = torch.Generator().manual_seed(inner)
-    most = 64 if way == "pairs" and highest - lowest > 128 else 128
+    most = 64 if paired and highest - lowest > 128 else 128
     weight = torch.randint(-most, most, (12, inner), generator=generator, dtype=torch.int8)
     weight[0], weight[1] = -most, most - 1
     x = torch.randint(lowest, highest + 1, (7, inner), generator=generator).float()
     x[0], x[1] = lowest, highest
+    if way == "bytes" and not is_exact(weight, highest - lowest):
+        pytest.skip("this CPU does not multiply bytes")
+    monkeypatch.setattr(product, "has_int8_dot", lambda device: way == "dot")
+    monkeypatch.setattr(product, "is_exact", lambda *what: way == "bytes")
     made = product.weight_product(weight, [(lowest, highest), (0, 1)])
-    kind = {"dot": "DotProduct", "pairs": "BytesProduct", "float": "FloatProduct"}[way]
+    kind = {"dot": "DotProduct", "bytes": "BytesProduct", "float": "FloatProduct"}[way]
     assert type(made).__name__ == kind
     exact = x.long() @ weight.long().t()
     assert torch.equal(made.accumulators(x, lowest).long(), exact)
     scale, bias = torch.rand(2, 12, generator=generator)
     # Three roundings of float32: the accumulator's, the product's and the sum's.
     expected = exact * scale.double() + bias.double()
-    rescaled = made.rescaled(x, lowest, scale, bias).double()
+    branch = Branch(torch.tensor([0.37]), lowest, highest)
+    rescaled = made.rescaled(branch, x * 0.37, scale, bias).double()
     torch.testing.assert_close(rescaled, expected, rtol=3 * 2**-24, atol=1e-6)
 
 

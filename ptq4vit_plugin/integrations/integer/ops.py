@@ -189,12 +189,13 @@ class WeightedOp(IntegerOp):
             sums = [self.accumulators(rows(b.codes(left)), b.lowest) for b in branches]
             total = (sums[0].to(torch.int32) + (sums[1].to(torch.int32) << shift)) * scales[0]
             return total if bias is None else total.add_(bias)
-        total = None
+        total, inputs = None, rows(left).tensor_split(self.groups, dim=1)
         for branch, scale in zip(branches, scales, strict=True):
-            codes = rows(branch.codes(left)).tensor_split(self.groups, dim=1)
             added = [None] * self.groups if bias is None else bias.tensor_split(self.groups)
-            calls = zip(self.products(), codes, scale.tensor_split(self.groups), added, strict=True)
-            parts = [product.rescaled(c, branch.lowest, s, b) for product, c, s, b in calls]
+            calls = zip(
+                self.products(), inputs, scale.tensor_split(self.groups), added, strict=True
+            )
+            parts = [product.rescaled(branch, x, s, b) for product, x, s, b in calls]
             part = parts[0] if self.groups == 1 else torch.cat(parts, 1)
             total, bias = part if total is None else total.add_(part), None
         return total
@@ -262,7 +263,8 @@ class IntegerMatmul(IntegerOp):
         for branch in self.left.branches:
             codes = branch.codes(left)
             for right_codes, right_scale in rights:
-                part = batched_product(codes, right_codes, largest) * (branch.scale * right_scale)
+                part = batched_product(codes, right_codes, largest).float()
+                part = part.mul_(branch.scale * right_scale)
                 out = part if out is None else out.add_(part)
         return out * row_peak(left) if self.left.per_row else out
 

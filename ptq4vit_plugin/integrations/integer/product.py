@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ptq4vit_plugin.algorithms.search.gemm import int_matmul
 from ptq4vit_plugin.integrations.device import has_int8_dot
-from ptq4vit_plugin.integrations.integer.pairs import PairedLinear, has_exact_pairs, pairs_fit
+from ptq4vit_plugin.integrations.integer.byte_linear import ByteLinear, is_exact
+from ptq4vit_plugin.quantizers.branches import Branch
 
 # Integers up to here, and all partial sums that stay below, are exact in float32 in any order.
 EXACT = 2**24
@@ -28,12 +29,12 @@ def weight_product(weight: Tensor, ranges: Sequence[tuple[int, int]]) -> WeightP
     ranges
         Smallest and largest activation code, of every grid that is multiplied with the weight.
     """
-    if has_int8_dot(weight.device):
-        return DotProduct(weight, ranges)
     bound = accumulator_bound(weight, ranges)
     span = max(high - low for low, high in ranges)
-    if has_exact_pairs(weight.device) and pairs_fit(weight, span) and bound < DIGIT * EXACT:
+    if bound < DIGIT * EXACT and is_exact(weight, span):
         return BytesProduct(weight, span, bound < EXACT)
+    if has_int8_dot(weight.device):
+        return DotProduct(weight, ranges)
     return FloatProduct(weight, ranges)
 
 
@@ -57,14 +58,22 @@ class WeightProduct(ABC):
             Smallest code that the grid has.
         """
 
-    def rescaled(self, codes: Tensor, lowest: int, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Accumulators times `scale` plus `bias`, float32; both ``[O]``."""
-        out = self.accumulators(codes, lowest) * scale
+    def rescaled(self, branch: Branch, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Accumulators of the codes of ``x [N, I]``, scaled and shifted to float32 ``[N, O]``.
+
+        Parameters
+        ----------
+        branch
+            The grid of the codes.
+        scale, bias
+            Multiplied by and added, ``[O]``.
+        """
+        out = self.accumulators(branch.codes(x), branch.lowest) * scale
         return out if bias is None else out.add_(bias)
 
 
 class DotProduct(WeightProduct):
-    """`torch._int_mm` into int32, where int8 dot products are in hardware."""
+    """`torch._int_mm` into int32, where int8 dot products are in hardware and oneDNN is not."""
 
     def __init__(self, weight: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
         self.fits = all(low >= -128 and high <= 127 for low, high in ranges)
@@ -81,10 +90,10 @@ class DotProduct(WeightProduct):
 
 
 class BytesProduct(WeightProduct):
-    """oneDNN's linear on bytes, rescaling included, where x86 adds products in pairs."""
+    """oneDNN's linear on bytes, rescaling included, where it is exact."""
 
     def __init__(self, weight: Tensor, span: int, exact: bool) -> None:
-        self.linear = PairedLinear(weight, span)
+        self.linear = ByteLinear(weight, span)
         self.exact = exact
 
     def accumulators(self, codes: Tensor, lowest: int) -> Tensor:
@@ -96,8 +105,8 @@ class BytesProduct(WeightProduct):
         high, low = (self.linear(digit, lowest).to(torch.int32) for digit in (high, low))
         return low.add_(high, alpha=DIGIT)
 
-    def rescaled(self, codes: Tensor, lowest: int, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return self.linear(codes, lowest, scale, bias)
+    def rescaled(self, branch: Branch, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return self.linear.of_bytes(self.linear.quantized(branch, x), branch.lowest, scale, bias)
 
 
 class FloatProduct(WeightProduct):

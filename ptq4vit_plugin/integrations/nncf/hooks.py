@@ -250,6 +250,8 @@ class _ReplacingMode(FunctionHookMode):
     ) -> None:
         super().__init__(model, hook_storage)
         self.ops = ops
+        # Looking for hooks that are not there takes longer than many of the calls.
+        self.hooked = any(True for _ in hook_storage.named_hooks())
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -262,10 +264,11 @@ class _ReplacingMode(FunctionHookMode):
         if not self.enabled or func.__name__ in IGNORED_FN_NAMES:
             return func(*args, **kwargs)
         meta = OpMeta(self.get_next_op_call_name(func.__name__), func)
-        args, kwargs = self.execute_pre_hooks(args, kwargs, meta)
+        if self.hooked:
+            args, kwargs = self.execute_pre_hooks(args, kwargs, meta)
         op = self.ops.get(meta.op_name)
         output = func(*args, **kwargs) if op is None else op(func, args, kwargs)
-        return self.execute_post_hooks(output, meta)
+        return self.execute_post_hooks(output, meta) if self.hooked else output
 
 
 @contextmanager
