@@ -56,7 +56,13 @@ PLANS = {
     "full twin": {"algorithm": "ptq4vit"},
     "ptq4vit_plus": {"algorithm": "ptq4vit_plus"},
 }
-FORMATS = {".xml": "openvino", ".onnx": "onnx", ".safetensors": "integer"}
+#: How a plan's file ends, its format, and the options of that.
+FORMATS = {
+    ".xml": ("openvino", {}),
+    ".onnx": ("onnx", {}),
+    " signed.onnx": ("onnx", {"unsigned": False}),
+    ".safetensors": ("integer", {}),
+}
 REFERENCES = ("PyTorch float", "OpenVINO float, {hint}", "OpenVINO NNCF default int8, {hint}")
 WARM_UP = 2
 
@@ -80,6 +86,7 @@ def forms() -> list[Form]:
     made = [Form("PyTorch float", "float.pt"), Form("ONNX Runtime float", "float.onnx")]
     made += [Form(f"PyTorch integer {plan}", f"{plan}.safetensors") for plan in PLANS]
     made += [Form(f"ONNX Runtime {plan}", f"{plan}.onnx") for plan in PLANS]
+    made += [Form(f"ONNX Runtime {plan}, signed", f"{plan} signed.onnx") for plan in PLANS]
     for hint in hints:
         made.append(Form(f"OpenVINO float, {hint}", "float.xml", hint))
         made.append(Form(f"OpenVINO NNCF default int8, {hint}", "nncf.xml", hint))
@@ -127,13 +134,13 @@ def build(
                 config = {**fields, **settings, "target": "openvino"}
                 ptq.save(ptq.quantize(model, images, config), simulated)
             quantized = None
-            for suffix, format in FORMATS.items():
+            for suffix, (format, options) in FORMATS.items():
                 path = folder / f"{plan}{suffix}"
                 if not path.exists():
                     quantized = quantized or ptq.load(simulated)
                     print(f"  writing {path.name}", flush=True)
                     # Random weights make noise of the logits; quality is measured elsewhere.
-                    report = ptq.export(quantized, path, format, example, min_sqnr=-1000)
+                    report = ptq.export(quantized, path, format, example, min_sqnr=-1000, **options)
                     facts[path.name] = {**report.facts, "twins": twins(quantized)}
                     facts_file.write_text(json.dumps(facts, indent=1))
         except (PTQ4ViTError, RuntimeError) as error:
@@ -219,6 +226,7 @@ def time_all(arguments: argparse.Namespace) -> None:
     results["machine"] = {
         "cpu": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "openvino_capabilities": openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
         "threads": torch.get_num_threads(),
         "openvino": openvino.__version__,
         "onnxruntime": onnxruntime.__version__,
@@ -334,7 +342,7 @@ def table(arguments: argparse.Namespace) -> None:
 
 def row(title: str, times: dict[str, list[float]], judged: dict[str, float]) -> str:
     """One form's line of the table; ratios are of the same hint, medians over turns."""
-    hint = title.rpartition(", ")[2] if ", " in title else "f32"
+    hint = "bf16" if title.endswith(", bf16") else "f32"
     cells = [title, f"{statistics.median(times[title]):.1f}"]
     for reference in REFERENCES:
         others = times[reference.format(hint=hint)]
