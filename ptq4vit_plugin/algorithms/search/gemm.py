@@ -71,8 +71,8 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Product of two canonical code tensors, float32."""
     if a.dtype != torch.int8 or b.dtype != torch.int8:
         return torch.matmul(a.float(), b.float())
-    heads = [int_matmul(a[0, h], b[0, h]) for h in range(a.shape[1])]
-    return torch.stack(heads).unsqueeze(0).float()
+    heads = [int_matmul(a[0, h], b[0, h]).float() for h in range(a.shape[1])]
+    return torch.stack(heads)[None] if len(heads) > 1 else heads[0][None, None]
 
 
 def product(a: Terms, b: Terms) -> Tensor:
