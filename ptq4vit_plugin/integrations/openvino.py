@@ -100,6 +100,9 @@ class OpenVINOExporter(Exporter):
         except RuntimeError:
             # Not every kernel takes a quantizer behind it, such as one of a product that is
             # multiplied by a factor per head.
+            facts = None
+        if facts is None or facts["float_products"]:
+            # CoaT's products of keys and values run in float then.
             return made, _precisions(made, found)
         return placed, facts
 

@@ -7,6 +7,7 @@ import torch
 openvino = pytest.importorskip("openvino")
 
 import ptq4vit_plugin as ptq  # noqa: E402
+from ptq4vit_plugin.integrations import openvino as exporter  # noqa: E402
 from ptq4vit_plugin.integrations.openvino import IN_FLOAT, OpenVINOExporter  # noqa: E402
 from ptq4vit_plugin.integrations.openvino_placement import place_quantizers  # noqa: E402
 
@@ -132,3 +133,18 @@ def test_an_exported_model_reorders_codes(family, float_model, batch, tmp_path):
         if node.rt_info["layerType"].astype(str) == "Split"
     ]
     assert splits and set(splits) == {"i8"}
+
+
+def taken_away(model):
+    """Without the quantizers of activations: products run in float."""
+    for node in quantizers(model):
+        for consumer in node.output(0).get_target_inputs():
+            consumer.replace_source_output(node.input_value(0))
+
+
+def test_quantizers_stay_where_products_would_run_in_float(quantized, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "place_quantizers", taken_away)
+    model, x = quantized("vit", 4), batch("vit", 2)
+    facts = OpenVINOExporter().write(model, tmp_path / "m.xml", x, (0,))
+    assert facts["float_products"] == []
+    assert facts["integer_products"] == facts["planned_products"]
