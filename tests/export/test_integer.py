@@ -16,7 +16,7 @@ from ptq4vit_plugin.errors import CheckpointError, ExportError, ModelError, PTQ4
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import adds_int8_pairs
 from ptq4vit_plugin.integrations.integer import product
-from ptq4vit_plugin.integrations.integer.byte_linear import is_exact, pairs_fit
+from ptq4vit_plugin.integrations.integer.byte_linear import ByteLinear, is_exact, pairs_fit
 from ptq4vit_plugin.integrations.integer.checkpoint import pack, unpack
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
 from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
@@ -147,6 +147,22 @@ def test_a_model_that_has_run_can_be_copied(quantized, batch):
     with torch.no_grad():
         expected = made(x)
         assert torch.equal(copy.deepcopy(made)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest"), [(-128, 127), (-8, 7), (0, 255), (-128, 0), (-100, 155)]
+)
+def test_bytes_made_in_one_pass_are_the_codes(lowest, highest):
+    if not is_exact(torch.zeros(1, 4, dtype=torch.int8), 255):
+        pytest.skip("this CPU does not multiply bytes")
+    generator = torch.Generator().manual_seed(0)
+    linear = ByteLinear(torch.zeros(1, 64, dtype=torch.int8), 255)
+    for scale in torch.rand(8, generator=generator):
+        branch = Branch(scale[None], lowest, highest)
+        x = torch.randn(20000, 64, generator=generator) * 50 * scale
+        x[0] = scale * (torch.arange(64) - 32.5)  # ties, as float32 has them
+        found = linear.quantized(branch, x).float() + lowest
+        assert torch.equal(found, branch.codes(x))
 
 
 @pytest.mark.parametrize(
