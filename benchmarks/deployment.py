@@ -91,7 +91,9 @@ def compare_ops(model: nn.Module, images: Tensor) -> dict:
         for port, ours in module.input_codes(left, right).items():
             quantizer, value, out = seen[op.name, port]
             if hasattr(quantizer, "to_codes"):
-                theirs, step = quantizer.to_codes(value), None
+                theirs = quantizer.to_codes(value)
+                twin = hasattr(quantizer, "grid")
+                step = quantizer.grid().codes(value)[2] if twin else None  # of every number
             else:
                 step = quantizer.scale / quantizer.level_high
                 theirs = (out / step).round()
