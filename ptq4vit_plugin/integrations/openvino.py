@@ -102,8 +102,10 @@ class OpenVINOExporter(Exporter):
             # multiplied by a factor per head.
             facts = None
         if facts is None or facts["float_products"]:
-            # CoaT's products of keys and values run in float then.
-            return made, _precisions(made, found)
+            # CoaT's products of keys and values run in float only behind quantizers that moved.
+            traced = _precisions(made, found)
+            if facts is None or len(traced["float_products"]) < len(facts["float_products"]):
+                return made, traced
         return placed, facts
 
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:

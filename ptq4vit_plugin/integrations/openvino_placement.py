@@ -166,10 +166,8 @@ def _grid(node: Node) -> Grid | None:
     if any(limit.get_type_name() != "Constant" for limit in limits):
         return None
     rank = len(_shape(node.output(0)))
-    low, high, lowest, highest = (
-        limit.get_data().reshape([1] * (rank - limit.get_data().ndim) + [*limit.get_data().shape])
-        for limit in limits
-    )
+    values = [limit.get_data() for limit in limits]
+    low, high, lowest, highest = (x.reshape([1] * (rank - x.ndim) + [*x.shape]) for x in values)
     return Grid((low, high), (lowest, highest))
 
 
