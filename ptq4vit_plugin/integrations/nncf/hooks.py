@@ -250,8 +250,9 @@ class _ReplacingMode(FunctionHookMode):
     ) -> None:
         super().__init__(model, hook_storage)
         self.ops = ops
-        # Looking for hooks that are not there takes longer than many of the calls.
+        # Naming calls and looking for hooks that are not there take longer than many of the calls.
         self.hooked = any(True for _ in hook_storage.named_hooks())
+        self.functions = {name.split("/")[-2] for name in ops}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -262,6 +263,8 @@ class _ReplacingMode(FunctionHookMode):
             with self:
                 return inner(*args, **kwargs)
         if not self.enabled or func.__name__ in IGNORED_FN_NAMES:
+            return func(*args, **kwargs)
+        if not self.hooked and func.__name__ not in self.functions:
             return func(*args, **kwargs)
         meta = OpMeta(self.get_next_op_call_name(func.__name__), func)
         if self.hooked:
