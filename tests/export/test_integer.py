@@ -15,7 +15,7 @@ import ptq4vit_plugin as ptq
 from ptq4vit_plugin.errors import CheckpointError, ExportError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import adds_int8_pairs
-from ptq4vit_plugin.integrations.integer import product
+from ptq4vit_plugin.integrations.integer import byte_linear, product
 from ptq4vit_plugin.integrations.integer.byte_linear import ByteLinear, is_exact, pairs_fit
 from ptq4vit_plugin.integrations.integer.checkpoint import pack, unpack
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
@@ -152,9 +152,13 @@ def test_a_model_that_has_run_can_be_copied(quantized, batch):
 @pytest.mark.parametrize(
     ("lowest", "highest"), [(-128, 127), (-8, 7), (0, 255), (-128, 0), (-100, 155)]
 )
-def test_bytes_made_in_one_pass_are_the_codes(lowest, highest):
+@pytest.mark.parametrize("removed", [False, True])
+def test_bytes_made_in_one_pass_are_the_codes(lowest, highest, removed, monkeypatch):
     if not is_exact(torch.zeros(1, 4, dtype=torch.int8), 255):
         pytest.skip("this CPU does not multiply bytes")
+    monkeypatch.setattr(byte_linear, "_quantizes", byte_linear._quantizes.__wrapped__)
+    if removed:  # torch announces it
+        monkeypatch.delattr(torch, "quantize_per_tensor")
     generator = torch.Generator().manual_seed(0)
     linear = ByteLinear(torch.zeros(1, 64, dtype=torch.int8), 255)
     for scale in torch.rand(8, generator=generator):

@@ -8,6 +8,7 @@ that span no more than 128.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import torch
@@ -54,7 +55,7 @@ class ByteLinear:
         One pass where torch has one for all of dividing, rounding, clamping and converting.
         """
         simple = branch.scale.numel() == 1 and branch.split is None and not branch.per_row
-        if not (simple and -255 <= branch.lowest <= 0):
+        if not (simple and -255 <= branch.lowest <= 0 and _quantizes()):
             return self.bytes(branch.codes(x), branch.lowest)
         scale = float(branch.scale)
         found = torch.quantize_per_tensor(x.contiguous(), scale, -branch.lowest, torch.quint8)
@@ -110,6 +111,21 @@ def pairs_fit(weight: Tensor, span: int) -> bool:
     pairs = F.pad(weight.int(), (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
     most = int(pairs.clamp(min=0).sum(2).max()) * span
     return most < 2**15 and int(pairs.clamp(max=0).sum(2).min()) * span >= -(2**15)
+
+
+@cache
+def _quantizes() -> bool:
+    """Whether this release of torch still makes bytes of numbers in one pass.
+
+    It says once that it will not do so for ever; no user can do anything about that.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+        except (AttributeError, RuntimeError):
+            return False
+    return True
 
 
 @cache

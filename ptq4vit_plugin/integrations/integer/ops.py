@@ -258,6 +258,7 @@ class IntegerMatmul(IntegerOp):
             right = right if self.right is None else self.right.values(right)
             return torch.matmul(left, right)
         largest = self.left.largest * self.right.largest
+        left, right = _dense(left), _dense(right)
         rights = [(branch.codes(right), branch.scale) for branch in self.right.branches]
         out = None
         for branch in self.left.branches:
@@ -281,6 +282,14 @@ class FloatWeightOp(IntegerOp):
 
     def input_codes(self, left: Tensor, right: Tensor) -> dict[int, Tensor]:
         return {0: packed_codes(self.left.branches, left.float())}
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` in memory that a product takes without a copy, in the order in which its matrices are.
+
+    Codes inherit it; to copy all of them, transposed at that, takes several times as long.
+    """
+    return x.mT.contiguous().mT if x.dim() > 1 and x.stride(-2) == 1 else x.contiguous()
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
