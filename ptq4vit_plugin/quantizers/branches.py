@@ -60,8 +60,10 @@ class Branch:
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer-valued float32 codes of float32 `x`, in its shape."""
-        if self.per_row:
-            x = x / row_peak(x)
+        return self.rounded(x / row_peak(x) if self.per_row else x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """`codes` of rows that are over their peaks already, where the grid is of such."""
         # The reciprocal, as in torch's own conversion to bytes and in NNCF's quantizers.
         codes = (x * self.scale.reciprocal()).round_().clamp_(self.lowest, self.highest)
         # Ones and zeros in float32 at once: multiplying by bools takes twice as long.

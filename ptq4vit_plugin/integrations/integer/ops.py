@@ -259,15 +259,17 @@ class IntegerMatmul(IntegerOp):
             return torch.matmul(left, right)
         largest = self.left.largest * self.right.largest
         left, right = _dense(left), _dense(right)
+        peak = row_peak(left) if self.left.per_row else None
+        left = left if peak is None else left / peak
         rights = [(branch.codes(right), branch.scale) for branch in self.right.branches]
         out = None
         for branch in self.left.branches:
-            codes = branch.codes(left)
+            codes = branch.rounded(left)
             for right_codes, right_scale in rights:
                 part = batched_product(codes, right_codes, largest).float()
                 part = part.mul_(branch.scale * right_scale)
                 out = part if out is None else out.add_(part)
-        return out * row_peak(left) if self.left.per_row else out
+        return out if peak is None else out.mul_(peak)
 
     def input_codes(self, left: Tensor, right: Tensor) -> dict[int, Tensor]:
         sides = ((0, self.left, left), (1, self.right, right))

@@ -251,8 +251,12 @@ class _ReplacingMode(FunctionHookMode):
         super().__init__(model, hook_storage)
         self.ops = ops
         # Naming calls and looking for hooks that are not there take longer than many of the calls.
-        self.hooked = any(True for _ in hook_storage.named_hooks())
-        self.functions = {name.split("/")[-2] for name in ops}
+        hooked = [decode_hook_name(name)[1] for name, _ in hook_storage.named_hooks()]
+        self.hooked = bool(hooked)
+        #: Functions of which some calls matter; None: all, as any may take a parameter.
+        self.functions: set[str] | None = None
+        if all("/" in place for place in hooked):
+            self.functions = {place.split("/")[-2] for place in (*ops, *hooked)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -264,7 +268,7 @@ class _ReplacingMode(FunctionHookMode):
                 return inner(*args, **kwargs)
         if not self.enabled or func.__name__ in IGNORED_FN_NAMES:
             return func(*args, **kwargs)
-        if not self.hooked and func.__name__ not in self.functions:
+        if self.functions is not None and func.__name__ not in self.functions:
             return func(*args, **kwargs)
         meta = OpMeta(self.get_next_op_call_name(func.__name__), func)
         if self.hooked:
