@@ -8,7 +8,7 @@ summed with the metric's weights ``w^2``, that is, per output column,
 
 The first two are known for all candidates, on all rows, after two products. Only the third is left
 to be estimated (`quadratic.py`): of candidates that lose about the same, a sample tells the
-difference 1.5 to 4 times as exactly as with all three (docs/performance.md).
+difference 1.5 to 4 times as exactly as with all three (docs/search.md).
 """
 
 import torch
