@@ -464,14 +464,38 @@ def test_an_expansion_knows_the_loss_where_it_has_all_rows(hardware, kind, metri
             assert float(losses[0, head, 0, column]) == pytest.approx(loss, rel=1e-4)
 
 
+def rows_of(everything, choice, groups):
+    """What rows lose, and their gradient's energy."""
+    return [everything.row_loss(*choice, groups), everything.row_energy(groups)]
+
+
+@pytest.mark.parametrize("metric", ["hessian", "mse", "l1", "square_weighted_l2"])
+@pytest.mark.parametrize("kind", ["linear", "attention"])
+def test_what_rows_lose_is_what_their_elements_do(kind, metric):
+    op, a, b, _ = structured(kind, 6, seed=2)
+    everything = problem.problem_of(op, {"a": a, "b": b}, metric, 1)
+    choice = torch.full(a.grouping.shape, a.n // 2), torch.full(b.grouping.shape, b.n // 2)
+    groups = everything.output.shape[3] // 8
+    loss, energy = rows_of(everything, choice, groups)
+    error = a.fake_quantize(op.a, choice[0]) @ b.fake_quantize(op.b, choice[1]) - op.a @ op.b
+    output = op.a @ op.b + (0 if op.bias is None else op.bias)
+    size = {"hessian": op.fisher, "square_weighted_l2": output.square()}.get(
+        metric, torch.ones_like(error)
+    )
+    element = error.abs() if metric == "l1" else size * error.square()
+    for found, expected in ((loss, element), (energy, size)):
+        blocks = torch.stack([part.sum(3) for part in expected.double().split(8, 3)], 3)
+        torch.testing.assert_close(found, blocks, rtol=1e-4, atol=1e-6 * float(blocks.max()))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_an_expansion_tells_candidates_apart_better_than_a_sample(in_blocks, bits):
     op, a, b, _ = structured("linear", bits, seed=3)
     everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
     a_index = torch.full((1, 1, 1, 1), a.n)
-    rows = everything.row_loss(a_index, torch.full((1, 1, 1, 96), b.n), groups=12)
-    sample = everything.sample(394, list(rows), in_blocks)
+    rows = rows_of(everything, (a_index, torch.full((1, 1, 1, 96), b.n)), groups=2)
+    sample = everything.sample(394, rows, in_blocks)
     candidates = torch.arange(60, 100)[:, None, None, None, None].expand(-1, 1, 1, 1, 96)
     view = objective.View("element")
     whole, plain = (
@@ -565,8 +589,7 @@ def test_sampled_losses_estimate_the_whole(in_blocks):
     op, a, b, order = structured("linear", 6, seed=3)
     everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
     start = torch.full((1, 1, 1, 1), a.n), torch.full((1, 1, 1, 96), b.n)
-    rows = everything.row_loss(*start, groups=3)
-    sample = everything.sample(788, list(rows), in_blocks)
+    sample = everything.sample(788, rows_of(everything, start, groups=3), in_blocks)
     assert sample.cost == pytest.approx(1 / 8, rel=0.01)
     elsewhere = torch.full((1, 1, 1, 1), 60), torch.full((1, 1, 1, 96), 70)
     view = objective.View("element")
@@ -676,7 +699,7 @@ def test_rows_that_carry_the_gradient_stand_for_all():
     op.fisher *= torch.exp(3 * normal(g, *op.fisher.shape[:3], 1))
     everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
     start = torch.full(a.grouping.shape, a.n), torch.full(b.grouping.shape, b.n)
-    rows = list(everything.row_loss(*start, groups=op.fisher.shape[3] // 8))
+    rows = rows_of(everything, start, groups=op.fisher.shape[3] // 8)
     part = everything.weighty(rows, 1e-3)
     assert part.cost < 0.6
     elsewhere = start[0] // 2, start[1] // 2
@@ -685,7 +708,7 @@ def test_rows_that_carry_the_gradient_stand_for_all():
     assert float(estimate) == pytest.approx(float(whole), rel=5e-3)
     op.fisher.fill_(1)  # no row can be spared when all weigh the same
     everything = problem.problem_of(op, {"a": a, "b": b}, "hessian", 1)
-    rows = list(everything.row_loss(*start, groups=op.fisher.shape[3] // 8))
+    rows = rows_of(everything, start, groups=op.fisher.shape[3] // 8)
     assert everything.weighty(rows, 1e-3) is None
 
 

@@ -1,6 +1,6 @@
 """An op, all of it or a sample, whose loss can be evaluated at any choice of scales."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from ptq4vit_plugin.algorithms.search.objective import (
     error_weight,
     is_angle,
 )
-from ptq4vit_plugin.algorithms.search.sampling import draw, enough, largest_and, merged, shares
+from ptq4vit_plugin.algorithms.search.sampling import draw, enough, largest_and, shares
 from ptq4vit_plugin.integrations.device import has_int8_dot
 
 #: Elements of the output per chunk: few enough to stay in the last-level cache, enough rows for a
@@ -109,20 +109,28 @@ class Problem:
         # Column blocks stand where heads do; they are columns again.
         return total.flatten()[None, None, None] if self.blocks > 1 else total
 
-    def row_loss(
-        self, a_index: Tensor | None, b_index: Tensor | None, groups: int
-    ) -> tuple[Tensor, Tensor]:
-        """Loss and gradient energy ``[B,H,N,G]`` of rows in G blocks of columns (error metrics)."""
-        losses, energies = [], []
+    def row_loss(self, a_index: Tensor | None, b_index: Tensor | None, groups: int) -> Tensor:
+        """Loss ``[B,H,N,G]`` of rows in G blocks of columns (error metrics), float64."""
+        losses = []
         for error, _, weight in self.errors(a_index, b_index, "a", View("head")):
-            energy = torch.ones_like(error) if weight is None else weight.square()
             if weight is not None:
                 error.mul_(weight)
             error = error.abs_() if self.metric == "l1" else error.square_()
             losses.append(error.unflatten(3, (groups, -1)).sum(4).double())
-            energies.append(energy.unflatten(3, (groups, -1)).sum(4).double())
-        along = 0 if self.output.shape[0] > 1 else 2
-        return torch.cat(losses, along), torch.cat(energies, along)
+        return self._in_order(losses)
+
+    def row_energy(self, groups: int) -> Tensor:
+        """The squared weights' sum ``[B,H,N,G]`` in G blocks of columns, float64."""
+        if self.weight is None:
+            *shape, columns = self.output.shape
+            return self.a.new_full((*shape, groups), columns // groups, dtype=torch.float64)
+        return self._in_order(
+            self.weight[images, :, rows].square().unflatten(3, (groups, -1)).sum(4).double()
+            for images, rows in self._chunks(View("head"))
+        )
+
+    def _in_order(self, chunks: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(chunks), 0 if self.output.shape[0] > 1 else 2)
 
     def errors(
         self, a_index: Tensor | None, b_index: Tensor | None, searched: str, view: View
@@ -212,15 +220,13 @@ class Problem:
             return self._spaced(count)
         if batch > 1:
             return self._sample_images(count, [x.sum(3) for x in rows_loss])
-        groups = rows_loss[0].shape[3]
-        blocks = groups // merged(groups, columns // groups) if in_blocks else 1
+        blocks = rows_loss[0].shape[3] if in_blocks else 1
         if blocks == 1:  # the same rows for all columns and all groups of a convolution
             chosen, factor = draw(shares([x.sum((0, 1, 3))[None] for x in rows_loss]), count)
             part = self.of_rows(chosen[0])
             factor = factor[0][:, None]
             return self._sampled(part.a, part.b, part.output, part.weight, factor)
-        parts = [x[0, 0].unflatten(1, (blocks, -1)).sum(2).T for x in rows_loss]
-        chosen, factor = draw(shares(parts), count)
+        chosen, factor = draw(shares([x[0, 0].T for x in rows_loss]), count)
         a = self.a[0, 0][chosen][None]
         column = torch.arange(columns, device=chosen.device).view(blocks, 1, -1)
         output = self.output[0, 0][chosen[..., None], column][None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq4vit_plugin.algorithms.search.losses import Losses
-from ptq4vit_plugin.algorithms.search.sampling import judged_width
+from ptq4vit_plugin.algorithms.search.sampling import block_width
 
 #: Candidates, as a share of the table, at which clipping shows, and one output column in so many on
 #: which they are looked at.
@@ -24,10 +24,10 @@ def look(losses: Losses) -> tuple[float, list[Tensor]]:
     """
     problem = losses.problem
     columns = problem.output.shape[3]
-    groups = columns // judged_width(columns)
-    loss, energy = problem.row_loss(losses.choice["a"], losses.choice["b"], groups)
+    groups = columns // block_width(columns)
+    loss = problem.row_loss(losses.choice["a"], losses.choice["b"], groups)
     losses.evaluations += problem.cost
-    parts = [energy, loss]
+    parts = [problem.row_energy(groups), loss]
     step = math.gcd(PROBED_COLUMNS, columns // groups)
     some = torch.arange(0, columns, step, device=problem.a.device)
     part = problem if step == 1 else problem.of_columns(some)
@@ -38,7 +38,7 @@ def look(losses: Losses) -> tuple[float, list[Tensor]]:
             quantizer, index = part.quantizers[operand], probe[operand]
             if quantizer is not None and index is not None:
                 probe[operand] = torch.full_like(index, int(share * quantizer.n))
-        parts.append(part.row_loss(probe["a"], probe["b"], groups)[0])
+        parts.append(part.row_loss(probe["a"], probe["b"], groups))
         losses.evaluations += part.cost
     return float(losses.reduce(loss.sum())), parts
 

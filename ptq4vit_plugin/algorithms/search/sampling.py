@@ -12,20 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Output columns whose losses are told apart from those of others.
-JUDGED = 8
-#: Widest block of output columns that draws its own sample of rows.
-BLOCK = 64
+#: Widest block of output columns that draws its own sample of rows; widths are multiples of `UNIT`.
+BLOCK, UNIT = 64, 8
 
 
-def judged_width(columns: int) -> int:
-    """Columns per group whose losses are told apart: 8, or all of them if 8 do not divide them."""
-    return columns if columns % JUDGED else JUDGED
-
-
-def merged(groups: int, width: int) -> int:
-    """How many groups of `width` columns draw their rows together, at most `BLOCK` columns."""
-    return max(k for k in range(1, max(1, BLOCK // width) + 1) if groups % k == 0)
+def block_width(columns: int) -> int:
+    """Columns of the blocks whose losses are told apart: as many as allowed, else all."""
+    widths = range(BLOCK, 0, -UNIT)
+    return next((width for width in widths if columns % width == 0), columns)
 
 
 def shares(parts: Sequence[Tensor]) -> Tensor:
