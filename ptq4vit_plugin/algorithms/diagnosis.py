@@ -21,7 +21,7 @@ LOWEST_EXPONENT = -24
 #: Bins below and above zero of an activation function's histogram.
 NEGATIVE_BINS, POSITIVE_BINS = 16, 48
 #: About as many rows as an output's noise is measured on.
-SQNR_ROWS = 2048
+SQNR_ROWS = 1024
 CURVE_POINTS = 33
 
 

@@ -86,9 +86,9 @@ def product(a: Terms, b: Terms) -> Tensor:
     for a_codes, a_scale in a:
         for b_codes, b_scale in b:
             part = _matmul(a_codes, b_codes)
-            for scale in (a_scale, b_scale):
-                if scale is not None:
-                    part = part.mul_(scale)
+            scales = [scale for scale in (a_scale, b_scale) if scale is not None]
+            if scales:  # one pass over the result, which is larger than both
+                part = part.mul_(scales[0] if len(scales) == 1 else scales[0] * scales[1])
             total = part if total is None else total.add_(part)
     assert total is not None, "an operand has at least one term"
     return total
