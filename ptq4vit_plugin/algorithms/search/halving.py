@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ptq4vit_plugin.algorithms.search.expansion import Expansion
-from ptq4vit_plugin.algorithms.search.losses import Losses
+from ptq4vit_plugin.algorithms.search.losses import Losses, order
 from ptq4vit_plugin.algorithms.search.objective import is_angle
 from ptq4vit_plugin.algorithms.search.problem import Problem
 from ptq4vit_plugin.algorithms.search.quadratic import Curvature, Quadratic, Sampled
@@ -254,8 +254,8 @@ def best_of(candidates: Tensor, groups: Tensor, keep: int, far: float, current: 
     current
         The present choice, of group shape.
     """
-    order = groups.argsort(dim=0, stable=True)[:keep]
-    best, least = candidates.gather(0, order), groups.gather(0, order)
+    first = order(groups)[:keep]
+    best, least = candidates.gather(0, first), groups.gather(0, first)
     best = torch.where(least > far * least[0], best[0], best)
     # Candidates differ while their losses do not: nothing to choose by.
     indifferent = (candidates != candidates[0]).any(0) & (groups.amax(0) <= groups.amin(0))

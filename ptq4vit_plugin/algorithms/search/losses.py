@@ -13,6 +13,11 @@ from ptq4vit_plugin.algorithms.search.problem import Problem, as_bytes
 ALONE = 8
 
 
+def order(values: Tensor) -> Tensor:
+    """``values.argsort(0, stable=True)``, in a third of the time for many short columns."""
+    return values.movedim(0, -1).contiguous().argsort(dim=-1, stable=True).movedim(-1, 0)
+
+
 class Losses:
     """Losses of one operand's candidates at the present choice of the other's.
 
@@ -102,7 +107,7 @@ class Losses:
         for part, columns in self._alike(problem, operand, which):
             some = which if columns is None else which[..., columns]
             count = some.sum(0)
-            ordered = some.int().argsort(dim=0, descending=True, stable=True)
+            ordered = order((~some).byte())
             for number in range(int(count.max())):
                 index = torch.where(number < count, ordered[number], ordered[0])
                 loss = self._evaluated(part, operand, index)
