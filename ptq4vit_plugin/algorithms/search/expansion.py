@@ -65,6 +65,7 @@ class Expansion:
         found = []
         for some in candidates.split(quadratic.together):
             errors = [quantizer.fake_quantize(b, index).sub_(b) for index in some]
-            linear = [2 * (self._slope * error).sum(2, keepdim=True).double() for error in errors]
-            found.append(self._constant + torch.stack(linear) + quadratic(errors))
+            squares = quadratic(errors)
+            linear = [2 * error.mul_(self._slope).sum(2, keepdim=True).double() for error in errors]
+            found.append(self._constant + torch.stack(linear) + squares)
         return torch.cat(found)
