@@ -16,6 +16,7 @@ from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.integrations.lowering import QuantizedOp
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.openvino_placement import place_quantizers
+from ptq4vit_plugin.integrations.openvino_zero_points import fold_zero_points
 from ptq4vit_plugin.integrations.qdq import qdq_model
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
 from ptq4vit_plugin.sealing import BLANK, check_seal, seal
@@ -93,6 +94,7 @@ class OpenVINOExporter(Exporter):
             logging.getLogger("openvino").setLevel(logging.ERROR)
             made = openvino.convert_model(lowered, example_input=example)
         made.reshape([-1 if d in dynamic else n for d, n in enumerate(example.shape)])
+        fold_zero_points(made)
         placed = made.clone()
         place_quantizers(placed)
         try:

@@ -15,26 +15,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from openvino import Input, Model, Node, Output
+from openvino import Model, Node, Output
 from openvino import opset13 as ops
 
-LEVELS = 256
+from ptq4vit_plugin.integrations.openvino_graph import (
+    HIGHEST,
+    LEVELS,
+    LOWEST,
+    Grid,
+    consumers,
+    grid_of,
+    replace,
+    shape,
+)
+
 #: Nodes that give the same numbers in another order or shape.
 LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 SPLITS = ("Split", "VariadicSplit")
-#: Signed codes.
-LOWEST, HIGHEST = -128.0, 127.0
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a quantizer of 256 levels takes for its lowest and highest code, and gives for them.
-
-    One number each, or one per head, with as many dimensions as the value that is quantized.
-    """
-
-    taken: tuple[np.ndarray, np.ndarray]
-    given: tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,8 @@ def place_quantizers(model: Model) -> None:
         if node.get_type_name() in SPLITS:
             _move_past_split(node)
     for node in model.get_ordered_ops():
-        grid = _grid(node)
-        if grid is not None and all(end.size == 1 for end in (*grid.taken, *grid.given)):
+        grid = grid_of(node)
+        if grid is not None and grid.is_single:
             _move(node, grid)
     model.validate_nodes_and_infer_types()
 
@@ -72,7 +69,7 @@ def _move(quantizer: Node, grid: Grid) -> None:
     if place is not start:
         limits = (end.reshape(()) for end in (*grid.taken, *grid.given))
         _insert(place.value, limits)
-        _replace(quantizer, start.value)
+        replace(quantizer.output(0), start.value)
 
 
 def _move_past_split(split: Node) -> None:
@@ -81,14 +78,14 @@ def _move_past_split(split: Node) -> None:
     It has the steps of all of them and gives codes, which are scaled behind the split.
     """
     found = [_quantizer_below(output) for output in split.outputs()]
-    grids = [None if quantizer is None else _grid(quantizer) for quantizer in found]
-    if not all(grid is not None and _is_signed(grid) for grid in grids):
+    grids = [None if quantizer is None else grid_of(quantizer) for quantizer in found]
+    if not all(grid is not None and grid.is_signed for grid in grids):
         return
     axis = int(split.input_value(1).get_node().get_data())
     steps = []
     for quantizer, grid, output in zip(found, grids, split.outputs(), strict=True):
         place = _highest(Place(quantizer.input_value(0), grid.taken[1] / HIGHEST))
-        width = _shape(output)[axis]
+        width = shape(output)[axis]
         if place.value != output or width is None:
             return
         steps.append(np.repeat(place.steps, width // place.steps.shape[axis], axis))
@@ -96,12 +93,12 @@ def _move_past_split(split: Node) -> None:
     most[axis] = 1
     spread = [np.broadcast_to(x, np.maximum(x.shape, most)) for x in steps]
     place = _highest(Place(split.input_value(0), np.concatenate(spread, axis)))
-    if len(_consumers(place.value)) > 1:
+    if len(consumers(place.value)) > 1:
         return
     _insert(place.value, (place.steps * LOWEST, place.steps * HIGHEST, LOWEST, HIGHEST))
     for quantizer, grid in zip(found, grids, strict=True):
         step = ops.constant((grid.given[1] / HIGHEST).astype(np.float32))
-        _replace(quantizer, ops.multiply(quantizer.input_value(0), step).output(0))
+        replace(quantizer.output(0), ops.multiply(quantizer.input_value(0), step).output(0))
 
 
 def _highest(place: Place) -> Place:
@@ -114,7 +111,7 @@ def _highest(place: Place) -> Place:
 def _above(place: Place) -> Place | None:
     """The place one node higher; None if the quantizer cannot move there."""
     node = place.value.get_node()
-    if node.get_type_name() not in LAYOUT or len(_consumers(place.value)) > 1:
+    if node.get_type_name() not in LAYOUT or len(consumers(place.value)) > 1:
         return None
     steps = _before(node, place.steps)
     return None if steps is None else Place(node.input_value(0), steps)
@@ -122,7 +119,7 @@ def _above(place: Place) -> Place | None:
 
 def _before(node: Node, steps: np.ndarray) -> np.ndarray | None:
     """Steps for what enters a node that reorders, from those for what leaves it."""
-    inside, outside = _shape(node.input_value(0)), _shape(node.output(0))
+    inside, outside = shape(node.input_value(0)), shape(node.output(0))
     if steps.size == 1:
         return steps.reshape([1] * len(inside))
     if node.get_type_name() == "Transpose":
@@ -147,10 +144,10 @@ def _before(node: Node, steps: np.ndarray) -> np.ndarray | None:
 def _quantizer_below(output: Output) -> Node | None:
     """The quantizer that a value goes to, by way of what reorders and to nothing else."""
     while True:
-        consumers = _consumers(output)
-        if len(consumers) != 1:
+        taking = consumers(output)
+        if len(taking) != 1:
             return None
-        node = consumers[0].get_node()
+        node = taking[0].get_node()
         if node.get_type_name() == "FakeQuantize":
             return node
         if node.get_type_name() not in LAYOUT:
@@ -158,48 +155,10 @@ def _quantizer_below(output: Output) -> Node | None:
         output = node.output(0)
 
 
-def _grid(node: Node) -> Grid | None:
-    """The grid of a quantizer whose limits are constants; None for another node."""
-    if node.get_type_name() != "FakeQuantize" or node.get_attributes()["levels"] != LEVELS:
-        return None
-    limits = [node.input_value(port).get_node() for port in range(1, 5)]
-    if any(limit.get_type_name() != "Constant" for limit in limits):
-        return None
-    rank = len(_shape(node.output(0)))
-    values = [limit.get_data() for limit in limits]
-    low, high, lowest, highest = (x.reshape([1] * (rank - x.ndim) + [*x.shape]) for x in values)
-    return Grid((low, high), (lowest, highest))
-
-
-def _is_signed(grid: Grid) -> bool:
-    """Whether its codes are -128 to 127, with zero for zero."""
-    return all(
-        np.allclose(low * HIGHEST, high * LOWEST, rtol=1e-5, atol=0)
-        for low, high in (grid.taken, grid.given)
-    )
-
-
 def _insert(value: Output, limits: Iterable[np.ndarray | float]) -> None:
     """Put a quantizer between `value` and what takes it."""
-    consumers = value.get_target_inputs()
+    taking = value.get_target_inputs()
     constants = [ops.constant(np.asarray(limit, np.float32)) for limit in limits]
     quantizer = ops.fake_quantize(value, *constants, LEVELS)
-    for consumer in consumers:
+    for consumer in taking:
         consumer.replace_source_output(quantizer.output(0))
-
-
-def _replace(node: Node, value: Output) -> None:
-    """Let `value` stand for a node."""
-    for consumer in node.output(0).get_target_inputs():
-        consumer.replace_source_output(value)
-
-
-def _consumers(value: Output) -> list[Input]:
-    """What takes a value itself, not only its shape."""
-    everything = value.get_target_inputs()
-    return [taken for taken in everything if taken.get_node().get_type_name() != "ShapeOf"]
-
-
-def _shape(value: Output) -> list[int | None]:
-    """Dimensions; None where they are dynamic."""
-    return [d.get_length() if d.is_static else None for d in value.get_partial_shape()]
