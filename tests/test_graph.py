@@ -144,6 +144,46 @@ def test_what_is_never_negative_is_unsigned(function):
     assert (operand.quantizer, operand.options) == ("uniform", {"signed": False})
 
 
+class Weighted(nn.Module):
+    """A product with softmax's output on one side, or a linear of it."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.side, self.mix = side, nn.Linear(4, 4)
+
+    def forward(self, x):
+        p = self.mix(x).softmax(-1)
+        return {"left": lambda: p @ x.mT, "right": lambda: x @ p.mT, "linear": lambda: self.mix(p)}[
+            self.side
+        ]()
+
+
+UNSIGNED = {"signed": False}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "softmax", "side", "expected"),
+    [
+        ("ptq4vit", False, "left", ("uniform", UNSIGNED)),
+        ("ptq4vit", False, "linear", ("uniform", UNSIGNED)),
+        ("ptq4vit", False, "right", ("uniform", {})),
+        ("ptq4vit", "uniform", "left", ("uniform", {})),
+        ("ptq4vit", True, "left", ("twin_softmax", {})),
+        ("ptq4vit", "numerator", "left", ("numerator", {})),
+        # A row's factor can be taken out of the left side of a product of activations only.
+        ("ptq4vit", "numerator", "right", ("uniform", {})),
+        ("ptq4vit", "numerator", "linear", ("uniform", UNSIGNED)),
+        # The paper's baseline is signed.
+        ("base_ptq", None, "left", ("uniform", {})),
+    ],
+)
+def test_what_softmax_gives_is_unsigned_without_a_twin(algorithm, softmax, side, expected):
+    twin = {} if softmax is None else {"twin": {"softmax": softmax}}
+    chosen = plan(Weighted(side), torch.randn(2, 3, 4), {"algorithm": algorithm, **twin})
+    operands = [o for op in chosen.ops for o in op.operands if o.source == "softmax"]
+    assert [(o.quantizer, o.options) for o in operands] == [expected]
+
+
 def test_a_shared_weight_is_quantized_once():
     class Twice(nn.Module):
         def __init__(self):

@@ -9,9 +9,13 @@ from ptq4vit_plugin.quantizers.base import SearchRange
 
 
 class BasePTQ(ScaleSearch):
-    """Uniform quantizers, every scale by cosine distance, one round, 0.5 to 1.2 of the maximum."""
+    """Uniform quantizers, every scale by cosine distance, one round, 0.5 to 1.2 of the maximum.
 
-    twin: Twin = Twin(softmax=False, gelu=False)
+    Codes are signed, as in the paper, also behind softmax, where ``twin: {softmax: false}`` would
+    leave out the negative ones.
+    """
+
+    twin: Twin = Twin(softmax="uniform", gelu="uniform")
     metric: Metric = "cosine"
     search_range: SearchRange = SearchRange(alpha=0.5)
     rounds: int = 1

@@ -14,7 +14,7 @@ from ptq4vit_plugin.quantizers.twin_gelu import MINIMA
 # Pixels are 8-bit data: fewer bits would lose information that costs nothing to keep.
 IMAGE_BITS = 8
 # Unsigned codes at the left of a product; integer kernels want the right one signed.
-NON_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
+NON_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid", "softmax"})
 
 
 class Settings(Protocol):
@@ -103,6 +103,9 @@ def _operand(op: FoundOp, port: int, settings: Settings) -> Operand:
     if quantizer == "asymmetric" and op.kind == "matmul" and source.kind != "softmax":
         # A zero point needs a bias that takes it up, or, as a softmax's, to be zero.
         quantizer = "uniform"
+    if quantizer == "numerator" and (op.kind != "matmul" or port == 1):
+        # Its rows' factors can be taken out of the left factor of a matrix product only.
+        quantizer, options = "uniform", uniform_options(source.kind, port)
     return Operand(
         port=port,
         source=source.kind,
@@ -131,20 +134,26 @@ def _choice(source: Source, settings: Settings) -> bool | str:
     return settings.twin.gelu if source.kind in MINIMA else False
 
 
+def uniform_options(source: str, port: int) -> dict[str, Any]:
+    """Options of the uniform quantizer of an activation: one bit more where nothing is negative."""
+    return {"signed": False} if port == 0 and source in NON_NEGATIVE else {}
+
+
 def _activation_quantizer(
     source: Source, port: int, settings: Settings
 ) -> tuple[str, dict[str, Any]]:
     if source.kind == "softmax":
-        return _twin(_choice(source, settings), "twin_softmax"), {}
+        choice = _choice(source, settings)
+        options = uniform_options(source.kind, port) if choice is False else {}
+        return _twin(choice, "twin_softmax"), options
     if source.kind in MINIMA:
         quantizer = _twin(_choice(source, settings), "twin_gelu")
         if quantizer != "twin_gelu":
             return quantizer, {}
         minimum = None if source.rescaled else MINIMA[source.kind] / source.minimum_scale
         return quantizer, {"minimum": minimum, "scale_ratio": settings.scale_ratio}
-    if source.kind in NON_NEGATIVE and port == 0 and settings.activations.quantizer == "uniform":
-        return "uniform", {"signed": False}
-    return settings.activations.quantizer, {}
+    quantizer = settings.activations.quantizer
+    return quantizer, uniform_options(source.kind, port) if quantizer == "uniform" else {}
 
 
 def _twin(choice: bool | str, name: str) -> str:

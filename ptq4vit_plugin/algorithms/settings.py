@@ -57,8 +57,9 @@ class Activations(_Section):
 class Twin(_Section):
     """Which quantizer outputs of softmax and of GELU-like functions get.
 
-    True means the twin uniform quantizer, False the uniform one, ``auto`` the twin where it lowers
-    the op's objective enough (`twin_choice.WORTH`), another string any registered quantizer.
+    True means the twin uniform quantizer, False the uniform one, unsigned behind softmax, ``auto``
+    the twin where it lowers the op's objective enough against that one (`twin_choice.WORTH`),
+    another string any registered quantizer as it is.
     """
 
     softmax: TwinChoice = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from ptq4vit_plugin.algorithms.planning import uniform_options
 from ptq4vit_plugin.plan import Op, Operand, Plan
 from ptq4vit_plugin.record import OpRecord, TwinTrial
 
@@ -66,7 +67,8 @@ def _replaced(op: Op, port: int, quantizer: str) -> Op:
     def changed(operand: Operand) -> Operand:
         if operand.port != port:
             return operand
-        options = operand.options if operand.quantizer == quantizer else {}
+        kept = operand.quantizer == quantizer
+        options = operand.options if kept else uniform_options(operand.source, port)
         update = {"quantizer": quantizer, "options": options, "alternative": None}
         return operand.model_copy(update=update)
 

@@ -116,7 +116,7 @@ class OpenVINOExporter(Exporter):
 
     def read_in_float(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Run the files without OpenVINO's low-precision transformations."""
-        run = _in_float(_read(path))
+        run = in_float(_read(path))
         return lambda images: torch.from_numpy(run(images)[0].copy())
 
     def op_outputs(self, path: Path, ops: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
@@ -132,7 +132,7 @@ class OpenVINOExporter(Exporter):
         # An op whose output was one of the model's already is not added again.
         sources = [result.get_node().input_value(0).get_node() for result in model.outputs]
         places = {source.get_friendly_name(): n for n, source in enumerate(sources)}
-        compute = _in_float(model)
+        compute = in_float(model)
 
         def run(images: Tensor) -> dict[str, Tensor]:
             outputs = compute(images)
@@ -149,25 +149,7 @@ class OpenVINOExporter(Exporter):
         return Preprocessing.model_validate_json(info.astype(str))
 
 
-def _read(path: Path) -> openvino.Model:
-    check_seal(path, [path.with_suffix(".bin")])
-    try:
-        return openvino.Core().read_model(path)
-    except RuntimeError as error:
-        raise CheckpointError(f"'{path}': OpenVINO cannot read it: {error}") from error
-
-
-def _compiled(model: openvino.Model, settings: dict[str, str]) -> openvino.CompiledModel:
-    threads = {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
-    return openvino.Core().compile_model(model, "CPU", {**settings, **threads})
-
-
-def _runner(model: openvino.Model, settings: dict[str, str]) -> Callable[[Tensor], Tensor]:
-    compiled = _compiled(model, settings)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
-
-
-def _in_float(model: openvino.Model) -> Callable[[Tensor], Any]:
+def in_float(model: openvino.Model) -> Callable[[Tensor], Any]:
     """Run a model in float arithmetic, compiled anew for every shape of images.
 
     In this mode OpenVINO 2026.4 computes a sum with a convolution wrongly where dimensions are
@@ -187,6 +169,24 @@ def _in_float(model: openvino.Model) -> Callable[[Tensor], Any]:
         return compiled[images.shape](images.numpy())
 
     return run
+
+
+def _read(path: Path) -> openvino.Model:
+    check_seal(path, [path.with_suffix(".bin")])
+    try:
+        return openvino.Core().read_model(path)
+    except RuntimeError as error:
+        raise CheckpointError(f"'{path}': OpenVINO cannot read it: {error}") from error
+
+
+def _compiled(model: openvino.Model, settings: dict[str, str]) -> openvino.CompiledModel:
+    threads = {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
+    return openvino.Core().compile_model(model, "CPU", {**settings, **threads})
+
+
+def _runner(model: openvino.Model, settings: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    compiled = _compiled(model, settings)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
 
 def _precisions(model: openvino.Model, ops: Sequence[QuantizedOp]) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def line(cell: Cell, results: dict[str, Any]) -> dict[str, Any]:
         "algorithm": step["algorithm"],
         "parts": {
             "hessian": step.get("metric") == "hessian",
-            "softmax_twin": bool(twin.get("softmax")),
-            "gelu_twin": bool(twin.get("gelu")),
+            "softmax_twin": twin.get("softmax", False) not in (False, "uniform"),
+            "gelu_twin": twin.get("gelu", False) not in (False, "uniform"),
         },
         "weight_bits": step.get("weights", {}).get("bits"),
         "activation_bits": step.get("activations", {}).get("bits"),
