@@ -32,6 +32,9 @@ from ptq4vit_plugin.integrations.openvino_graph import (
 #: Nodes that give the same numbers in another order or shape.
 LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 SPLITS = ("Split", "VariadicSplit")
+#: Fewest dimensions of a value to which a quantizer moves. OpenVINO 2026.4 computes a mean over
+#: positions, a factor per channel and a quantizer behind each other wrongly.
+DIMENSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def _above(place: Place) -> Place | None:
     """The place one node higher; None if the quantizer cannot move there."""
     node = place.value.get_node()
     if node.get_type_name() not in LAYOUT or len(consumers(place.value)) > 1:
+        return None
+    if len(shape(node.input_value(0))) < DIMENSIONS:
         return None
     steps = _before(node, place.steps)
     return None if steps is None else Place(node.input_value(0), steps)

@@ -115,6 +115,26 @@ def test_unsigned_codes_stay_behind_a_split_and_move_past_a_reordering():
         np.testing.assert_allclose(run(made, x), model(x).numpy(), atol=1e-5)
 
 
+def test_a_quantizer_behind_a_mean_and_factors_is_computed_right():
+    """Moved up to them, OpenVINO would compute something else."""
+
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.factor, self.head = torch.rand(32) + 0.5, torch.nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.head(quantize((x.mean((1, 2)) * self.factor)[None], 0.01)).squeeze(0)
+
+    model, x = Pooled().eval(), torch.randn(2, 8, 8, 32)
+    with torch.no_grad():
+        made, expected = openvino.convert_model(model, example_input=x), model(x).numpy()
+    made.reshape(list(x.shape))
+    place_quantizers(made)
+    np.testing.assert_allclose(run(made, x), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_an_exported_model_reorders_codes(family, float_model, batch, tmp_path):
     """What OpenVINO cuts into queries, keys and values are bytes."""
