@@ -321,3 +321,55 @@ def test_torch_export_takes_the_lowered_model(quantized, batch):
     with torch.no_grad():
         program = torch.export.export(lowered, (x,), strict=False)
         assert torch.equal(program.module()(x), lowered(x))
+
+
+@pytest.mark.parametrize("reason", ["it cannot compile it", "it computes something else"])
+def test_one_image_at_a_time_where_openvino_takes_no_batch_of_any_size(
+    reason, quantized, batch, tmp_path, monkeypatch
+):
+    """As LeViT's and MViTv2's `ptq4vit_plus` in OpenVINO 2026.4."""
+    from ptq4vit_plugin.integrations import openvino as exporter
+
+    if reason == "it cannot compile it":
+        precisions = exporter._precisions
+
+        def fails(model, ops):
+            if model.inputs[0].partial_shape[0].is_dynamic:
+                raise RuntimeError("ReshapeTransformation")
+            return precisions(model, ops)
+
+        monkeypatch.setattr(exporter, "_precisions", fails)
+    else:
+        monkeypatch.setattr(exporter, "_right_for_any_size", lambda *given: False)
+    model, x, path = quantized("vit", 6), batch("vit", 3, seed=2), tmp_path / "m.xml"
+    report = ptq.export(model, path, "openvino", x, per_op=True)
+    assert "one image at a time" in report.facts["note"]
+    assert report.facts["integer_products"] == report.facts["planned_products"]
+    assert max(report.op_differences.values()) < 0.5
+    with torch.no_grad():
+        assert logit_sqnr(model(x), exporter_of(path).read(path)(x)) > 20
+
+
+@pytest.mark.parametrize(
+    ("free", "fixed", "right"),
+    [(40, 100, True), (21, 100, True), (18, 23, True), (18, 36, False), (-3, 36, False)],
+)
+def test_what_counts_as_wrong_for_a_batch_of_any_size(
+    free, fixed, right, quantized, batch, monkeypatch
+):
+    from ptq4vit_plugin.integrations import openvino as exporter
+
+    model, x = quantized("vit", 6), batch("vit", 2, seed=2)
+    with torch.no_grad():
+        logits = model(x)
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    noise *= (logits - logits.mean()).square().mean().sqrt() / noise.square().mean().sqrt()
+
+    def runner(made, settings):
+        sqnr = free if made.inputs[0].partial_shape[0].is_dynamic else fixed
+        return lambda images: logits + noise * 10 ** (-sqnr / 20)
+
+    monkeypatch.setattr(exporter, "_runner", runner)
+    images = openvino.opset13.parameter([-1, 3, 32, 32], np.float32)
+    made = openvino.Model([openvino.opset13.result(images)], [images])
+    assert exporter._right_for_any_size(made, model, x) == right
