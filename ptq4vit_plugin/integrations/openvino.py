@@ -183,7 +183,7 @@ def in_float(model: openvino.Model) -> Callable[[Tensor], list[np.ndarray]]:
 
     In this mode OpenVINO 2026.4 computes a sum with a convolution wrongly where dimensions are
     dynamic, and fails to turn 1x1 convolutions of int8 weights into products in HaloNet. So shapes
-    are fixed and weights made float first. Its integer kernels need neither.
+    are fixed and weights made float first.
 
     Returns
     -------
