@@ -19,6 +19,7 @@ from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.search.losses import Losses
 from ptq4vit_plugin.algorithms.search.quadratic import Curvature, Sampled
 from ptq4vit_plugin.algorithms.search.rows import look
+from ptq4vit_plugin.quantizers.asymmetric import Asymmetric
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELU
 from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmax
@@ -243,13 +244,22 @@ def test_rows_without_a_gradient_change_nothing(kind):
 def test_nothing_is_evaluated_twice(monkeypatch):
     op, a, b, arguments = random_op("linear")
     seen = []
-    loss = problem.Problem.loss
+    loss, losses = problem.Problem.loss, problem.Problem.losses
 
-    def record(self, a_index, b_index, searched, view):
+    def see(a_index, b_index):
         seen.append((tuple(a_index.flatten().tolist()), tuple(b_index.flatten().tolist())))
+
+    def one(self, a_index, b_index, searched, view):
+        see(a_index, b_index)
         return loss(self, a_index, b_index, searched, view)
 
-    monkeypatch.setattr(problem.Problem, "loss", record)
+    def several(self, a_indices, b_index, view):
+        for a_index in a_indices:
+            see(a_index, b_index)
+        return losses(self, a_indices, b_index, view)
+
+    monkeypatch.setattr(problem.Problem, "loss", one)
+    monkeypatch.setattr(problem.Problem, "losses", several)
     few = search(op, a, b, rounds=3, **arguments)
     assert len(seen) == len(set(seen))
     assert few.evaluations == len(seen)
@@ -279,6 +289,17 @@ def test_int8_product_is_exact(m, k, n, padded):
     left, right = codes(g, m, k), codes(g, k, n)
     got = gemm.int_matmul(left, right, padded=padded)
     assert got.dtype == torch.int32
+    assert torch.equal(got.long(), left.long() @ right.long())
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_integer_product_of_codes_less_a_zero_point_is_exact(heads):
+    g = torch.Generator().manual_seed(2)
+    zero = torch.tensor([0, 1, 127, 128, 200, 255]).view(-1, 1)  # another one for every row
+    left = torch.randint(0, 256, (1, heads, 6, 300), generator=g).sub(zero).to(torch.int16)
+    left[..., :2] = torch.cat([-zero, 255 - zero], 1)  # all of a row's range
+    right = codes(g, 1, heads, 300, 7)
+    got = gemm.product([(left, None)], [(right, None)])
     assert torch.equal(got.long(), left.long() @ right.long())
 
 
@@ -443,6 +464,40 @@ def test_a_descent_goes_as_far_as_it_must(off):
     # The present choice stays where it loses less than the minimum that is found.
     losses._known[losses.key("a", losses.chosen("a"), losses.problem)] = torch.zeros(1, 1, 1, 1)
     assert int(search_._descended("a", start, 1)) == a.n
+
+
+@pytest.mark.parametrize("metric", ["hessian", "mse", "l1", "linear_weighted_l2"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("kind", ["linear", "gelu", "zero_point", "heads"])
+@pytest.mark.parametrize("hardware", [False, True])
+def test_choices_evaluated_together_lose_what_each_loses(
+    hardware, kind, granularity, metric, monkeypatch
+):
+    monkeypatch.setattr(problem, "has_int8_dot", lambda device: hardware)
+    if kind == "heads":  # of one image
+        op, a, b, _ = random_op("matmul", 8, "head")
+        op = Gemm(op.a[:1], op.b[:1], None, op.fisher[:1])
+    else:
+        op, a, b, _ = random_op("gelu" if kind == "gelu" else "linear", 8, granularity)
+    if kind == "zero_point":
+        a = Asymmetric(8, TENSOR, SPAN)
+        a.observe(op.a)
+    losses = Losses(problem.problem_of(op, {"a": a, "b": b}, metric, 1), lambda x: x)
+    monkeypatch.setattr(problem, "CHUNK", 5 * losses.problem.output.numel())
+    assert (losses.problem.together("a"), losses.problem.together("b")) == (5, 1)
+    b_index = losses.choice["b"] = torch.full(b.grouping.shape, 7)
+    indices = torch.tensor([2, 9, 9, 16, 3, a.n, 11, 12])  # seven of them: five and two
+    indices = indices.view(-1, 1, 1, 1, 1).repeat(1, *a.grouping.shape)
+    found = losses.at_each(losses.problem, "a", indices)
+    assert losses.evaluations == 7
+    for index, loss in zip(indices, found, strict=True):
+        expected = simple_loss(op, a, b, {"a": index, "b": b_index}, metric, "a", 1)
+        for (head, column), one in expected.items():
+            sums = a.grouping.sum(loss)
+            assert float(sums[0, head, 0, column]) == pytest.approx(one, rel=1e-4)
+    which = torch.zeros(a.n + 1, *a.grouping.shape, dtype=torch.bool)
+    which[indices.flatten()] = True
+    assert torch.equal(losses.of(losses.problem, "a", which)[indices[:, 0, 0, 0, 0]], found)
 
 
 @pytest.mark.parametrize("metric", ["hessian", "mse", "linear_weighted_l2"])

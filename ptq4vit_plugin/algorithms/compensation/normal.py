@@ -51,13 +51,14 @@ class Normal:
         y_mean = (weight @ y).double() / total
         if not centred:
             x_mean, y_mean = torch.zeros_like(x_mean), torch.zeros_like(y_mean)
-        root = weight.sqrt()[:, None]
-        x, y = (x - x_mean.float()) * root, (y - y_mean.float()) * root
-        gram, cross = torch.zeros(1).to(x_mean), torch.zeros(1).to(x_mean)
+        gram, cross, energy = (torch.zeros(1).to(x_mean) for _ in range(3))
+        parts = (z.split(CHUNK) for z in (x, y, weight.sqrt()[:, None]))
         # Products of centred numbers in float32, their sums in float64.
-        for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        for a, b, root in zip(*parts, strict=True):
+            a, b = (a - x_mean.float()).mul_(root), (b - y_mean.float()).mul_(root)
             gram, cross = gram + (a.T @ a).double(), cross + (a.T @ b).double()
-        return cls(gram, cross, y.double().square().sum(0), x_mean, y_mean, total)
+            energy = energy + b.square().sum(0, dtype=torch.float64)
+        return cls(gram, cross, energy, x_mean, y_mean, total)
 
     def __add__(self, other: Normal) -> Normal:
         total = self.total + other.total

@@ -15,6 +15,8 @@ FEW = 512
 # The same moment of a normal distribution, by which a reach is expressed in standard deviations.
 NORMAL = {2: 1.0, 6: 15.0 ** (1 / 6)}
 NEWTON_STEPS = 20
+# Numbers whose powers are summed at a time: so few that they stay in the cache.
+CHUNK = 2**16
 
 
 @dataclass
@@ -27,17 +29,18 @@ class Channels:
     count: int = 0
 
     def __call__(self, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2).double()
-        peak = x.abs().amax(0)
+        x = x.detach().flatten(0, -2)
+        peak = torch.maximum(x.amax(0), -x.amin(0)).double()
         if self.origin is None:
-            self.origin, self.peak = x.mean(0), peak
-            self.sums = torch.zeros(POWER + 1, x.shape[1]).to(x)
+            self.origin, self.peak = x.mean(0, dtype=torch.float64), peak
+            self.sums = x.new_zeros(POWER + 1, x.shape[1], dtype=torch.float64)
         self.peak = torch.maximum(self.peak, peak)
-        distance = x - self.origin
-        power = torch.ones_like(distance)
-        for order in range(POWER + 1):
-            self.sums[order] += power.sum(0)
-            power = power * distance
+        for part in x.split(max(1, CHUNK // x.shape[1])):
+            distance = part.double().sub_(self.origin)
+            power = torch.ones_like(distance)
+            for sums in self.sums:
+                sums += power.sum(0)
+                power.mul_(distance)
         self.count += len(x)
 
     @property

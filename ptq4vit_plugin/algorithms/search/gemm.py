@@ -67,31 +67,50 @@ def int_matmul(a: Tensor, b: Tensor, *, padded: bool | None = None) -> Tensor:
     return torch._int_mm(a, b)[:rows, :columns]
 
 
+def _moved_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact product of int16 codes, of which a row has 256 at most, and int8 codes, as int32.
+
+    Codes less a zero point fit no byte. Moved by another whole number they do, and what that takes
+    from the product is that number times the sums of the columns.
+    """
+    offset = a.amin(1, keepdim=True) + 128
+    sums = int_matmul(b.new_ones(1, len(b)), b)
+    return int_matmul((a - offset).to(torch.int8), b).addcmul_(offset.to(sums.dtype), sums)
+
+
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Product of two canonical code tensors, float32."""
-    if a.dtype != torch.int8 or b.dtype != torch.int8:
+    if a.dtype not in (torch.int8, torch.int16) or b.dtype != torch.int8:
         return torch.matmul(a.float(), b.float())
-    heads = [int_matmul(a[0, h], b[0, h]).float() for h in range(a.shape[1])]
+    multiply = int_matmul if a.dtype == torch.int8 else _moved_matmul
+    heads = [multiply(a[0, h], b[0, h]).float() for h in range(a.shape[1])]
     return torch.stack(heads)[None] if len(heads) > 1 else heads[0][None, None]
 
 
 def product(a: Terms, b: Terms) -> Tensor:
     """Product of two operands given as terms, ``[B,H,N,O]`` float32.
 
-    int8 codes (batch 1 only: `torch._int_mm` is two-dimensional) are multiplied in integers;
-    everything else in float32. Scales never vary along the inner dimension, so they multiply
-    the result.
+    int8 codes, and int16 ones on the left of which a row has 256 at most, are multiplied in
+    integers (batch 1 only: `torch._int_mm` is two-dimensional); everything else in float32. Scales
+    never vary along the inner dimension, so they multiply the result.
     """
     total: Tensor | None = None
     for a_codes, a_scale in a:
         for b_codes, b_scale in b:
             part = _matmul(a_codes, b_codes)
-            scales = [scale for scale in (a_scale, b_scale) if scale is not None]
-            if scales:  # one pass over the result, which is larger than both
-                part = part.mul_(scales[0] if len(scales) == 1 else scales[0] * scales[1])
+            for scale in _together(a_scale, b_scale):
+                part = part.mul_(scale)
             total = part if total is None else total.add_(part)
     assert total is not None, "an operand has at least one term"
     return total
+
+
+def _together(a: Tensor | None, b: Tensor | None) -> list[Tensor]:
+    """The scales, as one if that is no larger: each takes a pass over the product."""
+    scales = [scale for scale in (a, b) if scale is not None]
+    if len(scales) == 2 and (a.shape[2] == 1 or b.shape[3] == 1):
+        return [a * b]
+    return scales
 
 
 def difference(a: Terms, b: Terms, output: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ class Halving:
                 sample = self._sample(stage, operand)
                 if sample is None:
                     continue
-                found = torch.stack([losses.at(sample, operand, c) for c in candidates])
+                found = losses.at_each(sample, operand, candidates)
             if candidates is everything:
                 losses.curves[operand] = found.flatten(1).sum(1).tolist()
             groups = losses.summed(operand, found)

@@ -1,6 +1,6 @@
 """What the candidates of an op lose: evaluated when asked for, remembered, counted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -79,10 +79,14 @@ class Losses:
 
     def at(self, problem: Problem, operand: str, index: Tensor) -> Tensor:
         """Loss ``[1, H, 1, 1 or O]`` on the rows of `problem` at `index` of `operand`."""
-        key = self.key(operand, index, problem)
-        if key not in self._known:
-            self._known[key] = self._evaluated(problem, operand, index)
-        return self._known[key]
+        return self.at_each(problem, operand, index[None])[0]
+
+    def at_each(self, problem: Problem, operand: str, indices: Tensor) -> Tensor:
+        """`at`, stacked, of several choices ``[n, *group shape]``."""
+        keys = [self.key(operand, index, problem) for index in indices]
+        new = {k: index for k, index in zip(keys, indices, strict=True) if k not in self._known}
+        self._known |= zip(new, self._evaluated(problem, operand, [*new.values()]), strict=True)
+        return torch.stack([self._known[k] for k in keys])
 
     def key(self, operand: str, index: Tensor, problem: Problem | None = None) -> tuple:
         """What identifies a choice: `index` of `operand`, on the rows of `problem` (all)."""
@@ -108,9 +112,11 @@ class Losses:
             some = which if columns is None else which[..., columns]
             count = some.sum(0)
             ordered = order((~some).byte())
-            for number in range(int(count.max())):
-                index = torch.where(number < count, ordered[number], ordered[0])
-                loss = self._evaluated(part, operand, index)
+            indices = [
+                torch.where(number < count, ordered[number], ordered[0])
+                for number in range(int(count.max()))
+            ]
+            for index, loss in zip(indices, self._evaluated(part, operand, indices), strict=True):
                 if found is None:
                     width = loss.shape[3] if columns is None else which.shape[-1]
                     found = loss.new_zeros(len(which), *loss.shape[:3], width)
@@ -149,10 +155,18 @@ class Losses:
         self._known[self.key(operand, choice, problem)] = losses.gather(0, at)[0]
         return choice
 
-    def _evaluated(self, problem: Problem, operand: str, index: Tensor) -> Tensor:
-        choice = {**self.choice, operand: index}
-        self.evaluations += problem.cost
-        return self.reduce(problem.loss(choice["a"], choice["b"], operand, self._views[operand]))
+    def _evaluated(
+        self, problem: Problem, operand: str, indices: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        count, view = problem.together(operand), self._views[operand]
+        for start in range(0, len(indices), count):
+            some = indices[start : start + count]
+            self.evaluations += len(some) * problem.cost
+            if len(some) == 1:
+                choice = {**self.choice, operand: some[0]}
+                yield self.reduce(problem.loss(choice["a"], choice["b"], operand, view))
+            else:
+                yield from self.reduce(problem.losses(some, self.choice["b"], view))
 
     def _alike(
         self, problem: Problem, operand: str, which: Tensor

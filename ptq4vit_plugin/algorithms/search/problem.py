@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ptq4vit_plugin.algorithms.search.gemm import Gemm, Terms, difference
+from ptq4vit_plugin.algorithms.search.gemm import Gemm, Terms, difference, product
 from ptq4vit_plugin.algorithms.search.objective import (
     View,
     angle_loss,
@@ -108,6 +108,32 @@ class Problem:
         assert total is not None
         # Column blocks stand where heads do; they are columns again.
         return total.flatten()[None, None, None] if self.blocks > 1 else total
+
+    def together(self, searched: str) -> int:
+        """How many choices `losses` may evaluate at once; 1: use `loss`."""
+        if searched == "b" or self.output.shape[0] > 1 or is_angle(self.metric):
+            return 1
+        return max(1, CHUNK // self.output.numel())
+
+    def losses(self, a_indices: Sequence[Tensor], b_index: Tensor | None, view: View) -> Tensor:
+        """`loss` of several choices of ``a``, stacked, in one product.
+
+        Of a small problem they take hardly longer than one: what takes the time there is to call
+        some twenty functions.
+        """
+        count, rows = len(a_indices), self.a.shape[2]
+        stacked: Terms = []
+        for same in zip(*(self._quantize("a", self.a, i) for i in a_indices), strict=True):
+            scales = [s.expand(-1, -1, rows, 1) for _, s in same if s is not None]
+            codes = torch.cat([codes for codes, _ in same], 2)
+            stacked.append((codes, torch.cat(scales, 2) if scales else None))
+        error = product(stacked, self.fixed("b", b_index)).unflatten(2, (count, rows))
+        error.sub_(self.output[:, :, None])
+        if self.weight is not None:
+            error.mul_(self.weight[:, :, None])
+        error = error.abs_() if self.metric == "l1" else error.square_()
+        kept = error.sum(3, True) if view.kind == "element" else error.sum((3, 4), True)
+        return kept.movedim(2, 0).double()
 
     def row_loss(self, a_index: Tensor | None, b_index: Tensor | None, groups: int) -> Tensor:
         """Loss ``[B,H,N,G]`` of rows in G blocks of columns (error metrics), float64."""

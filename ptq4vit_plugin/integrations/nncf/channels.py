@@ -138,7 +138,7 @@ def attention_paths(
             return None
         return HeadRows(linear, found_rows)
 
-    scores, values = [], []
+    scores, weighted = [], []
     for product in products.values():
         left, right = rows(product, 0), rows(product, 1)
         node = graph.get_node_by_name(product.name)
@@ -149,10 +149,13 @@ def attention_paths(
                 scores.append(ScorePath(product, left, right, shift))
             continue
         consumers = _leaves(graph, node, KEEPS_NUMBERS)
-        if right is None or len(consumers) != 1 or consumers[0] not in linears:
-            continue
-        projection = ops[consumers[0]]
-        columns = _columns(model, example, product, projection)
+        if right is not None and len(consumers) == 1 and consumers[0] in linears:
+            weighted.append((product, right, ops[consumers[0]]))
+    counting = {product.name: _count_heads for product, _, _ in weighted}
+    arrived = _run(model, example, counting, [(linear.name, 0) for _, _, linear in weighted])
+    values = []
+    for product, right, projection in weighted:
+        columns = _columns(product, arrived.get((projection.name, 0)))
         if columns is not None:
             shift = (
                 product.sources[0].kind == "softmax"
@@ -275,18 +278,22 @@ def _decode(number: Tensor, factor: Tensor, channel_last: bool) -> Tensor | None
     return first if first.unique().numel() == first.numel() else None
 
 
-def _columns(
-    model: nn.Module, example: Any, product: FoundOp, projection: FoundOp
-) -> Tensor | None:
-    """Input column of the projection that every head and dimension ``[H, D]`` of a product is."""
+def _count_heads(y: Tensor) -> Tensor:
+    """1, 2, 3, ... along heads and dimensions of ``[B, H, N, D]``."""
+    heads, dim = y.shape[1], y.shape[3]
+    numbers = torch.arange(1.0, heads * dim + 1, dtype=y.dtype, device=y.device)
+    return numbers.view(1, heads, 1, dim).expand_as(y).clone()
+
+
+def _columns(product: FoundOp, arrived: Tensor | None) -> Tensor | None:
+    """Input column of the projection that every head and dimension ``[H, D]`` of a product is.
+
+    Parameters
+    ----------
+    arrived
+        At the projection when the product gives `_count_heads`.
+    """
     heads, dim = product.output_shape[1], product.output_shape[3]
-
-    def count(y: Tensor) -> Tensor:
-        numbers = torch.arange(1.0, heads * dim + 1, dtype=y.dtype, device=y.device)
-        return numbers.view(1, heads, 1, dim).expand_as(y).clone()
-
-    seen = _run(model, example, {product.name: count}, [(projection.name, 0)])
-    arrived = seen.get((projection.name, 0))
     if arrived is None or arrived.shape[-1] != heads * dim:
         return None
     first = arrived.flatten(0, -2)[0]

@@ -79,9 +79,7 @@ def run_side_by_side(
                 {port: half[1] for port, half in halves.items()},
                 output[0],
             )
-            # What `visit` computes is no part of the model: NNCF need not look at every call.
-            with torch._C.DisableTorchFunction():
-                result = visit(op, seen).to(y.dtype)
+            result = visit(op, seen).to(y.dtype)
             return result if len(result) == len(y) else torch.cat([output[0], result])
 
         return see
