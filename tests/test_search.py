@@ -253,10 +253,10 @@ def test_nothing_is_evaluated_twice(monkeypatch):
         see(a_index, b_index)
         return loss(self, a_index, b_index, searched, view)
 
-    def several(self, a_indices, b_index, view):
-        for a_index in a_indices:
-            see(a_index, b_index)
-        return losses(self, a_indices, b_index, view)
+    def several(self, indices, fixed, searched, view):
+        for index in indices:
+            see(*((index, fixed) if searched == "a" else (fixed, index)))
+        return losses(self, indices, fixed, searched, view)
 
     monkeypatch.setattr(problem.Problem, "loss", one)
     monkeypatch.setattr(problem.Problem, "losses", several)
@@ -467,15 +467,16 @@ def test_a_descent_goes_as_far_as_it_must(off):
 
 
 @pytest.mark.parametrize("metric", ["hessian", "mse", "l1", "linear_weighted_l2"])
-@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("granularity", ["channel", "row_blocks", "tensor"])
 @pytest.mark.parametrize("kind", ["linear", "gelu", "zero_point", "heads"])
+@pytest.mark.parametrize("searched", ["a", "b"])
 @pytest.mark.parametrize("hardware", [False, True])
 def test_choices_evaluated_together_lose_what_each_loses(
-    hardware, kind, granularity, metric, monkeypatch
+    hardware, searched, kind, granularity, metric, monkeypatch
 ):
     monkeypatch.setattr(problem, "has_int8_dot", lambda device: hardware)
     if kind == "heads":  # of one image
-        op, a, b, _ = random_op("matmul", 8, "head")
+        op, a, b, _ = random_op("matmul", 8, "tensor" if granularity == "tensor" else "head")
         op = Gemm(op.a[:1], op.b[:1], None, op.fisher[:1])
     else:
         op, a, b, _ = random_op("gelu" if kind == "gelu" else "linear", 8, granularity)
@@ -484,20 +485,26 @@ def test_choices_evaluated_together_lose_what_each_loses(
         a.observe(op.a)
     losses = Losses(problem.problem_of(op, {"a": a, "b": b}, metric, 1), lambda x: x)
     monkeypatch.setattr(problem, "CHUNK", 5 * losses.problem.output.numel())
-    assert (losses.problem.together("a"), losses.problem.together("b")) == (5, 1)
-    b_index = losses.choice["b"] = torch.full(b.grouping.shape, 7)
-    indices = torch.tensor([2, 9, 9, 16, 3, a.n, 11, 12])  # seven of them: five and two
-    indices = indices.view(-1, 1, 1, 1, 1).repeat(1, *a.grouping.shape)
-    found = losses.at_each(losses.problem, "a", indices)
+    assert losses.problem.together(searched) == 5
+    quantizer, fixed = (a, "b") if searched == "a" else (b, "a")
+    losses.choice[fixed] = torch.full_like(losses.chosen(fixed), 7)
+    shape = quantizer.grouping.shape
+    indices = torch.tensor([2, 9, 9, 16, 3, quantizer.n, 11, 12])  # seven of them: five and two
+    indices = indices.view(-1, 1, 1, 1, 1).repeat(1, *shape)
+    found = losses.at_each(losses.problem, searched, indices)
     assert losses.evaluations == 7
     for index, loss in zip(indices, found, strict=True):
-        expected = simple_loss(op, a, b, {"a": index, "b": b_index}, metric, "a", 1)
+        choice = {searched: index, fixed: losses.choice[fixed]}
+        expected = simple_loss(op, a, b, choice, metric, searched, 1)
+        sums = quantizer.grouping.sum(loss)
+        width = shape[3] // max(1, quantizer.grouping.blocks)
         for (head, column), one in expected.items():
-            sums = a.grouping.sum(loss)
-            assert float(sums[0, head, 0, column]) == pytest.approx(one, rel=1e-4)
-    which = torch.zeros(a.n + 1, *a.grouping.shape, dtype=torch.bool)
+            place = column * width if quantizer.grouping.blocks else column
+            assert float(sums[0, head, 0, place]) == pytest.approx(one, rel=1e-4)
+    which = torch.zeros(quantizer.n + 1, *shape, dtype=torch.bool)
     which[indices.flatten()] = True
-    assert torch.equal(losses.of(losses.problem, "a", which)[indices[:, 0, 0, 0, 0]], found)
+    again = losses.of(losses.problem, searched, which)
+    assert torch.allclose(again[indices[:, 0, 0, 0, 0]], found, rtol=1e-6)
 
 
 @pytest.mark.parametrize("metric", ["hessian", "mse", "linear_weighted_l2"])

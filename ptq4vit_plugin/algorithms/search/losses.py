@@ -166,7 +166,8 @@ class Losses:
                 choice = {**self.choice, operand: some[0]}
                 yield self.reduce(problem.loss(choice["a"], choice["b"], operand, view))
             else:
-                yield from self.reduce(problem.losses(some, self.choice["b"], view))
+                other = self.choice["b" if operand == "a" else "a"]
+                yield from self.reduce(problem.losses(some, other, operand, view))
 
     def _alike(
         self, problem: Problem, operand: str, which: Tensor

@@ -111,29 +111,41 @@ class Problem:
 
     def together(self, searched: str) -> int:
         """How many choices `losses` may evaluate at once; 1: use `loss`."""
-        if searched == "b" or self.output.shape[0] > 1 or is_angle(self.metric):
+        if self.output.shape[0] > 1 or self.blocks > 1 or is_angle(self.metric):
             return 1
-        return max(1, CHUNK // self.output.numel())
+        operand = self.a if searched == "a" else self.b
+        return max(1, CHUNK // max(self.output.numel(), operand.numel()))
 
-    def losses(self, a_indices: Sequence[Tensor], b_index: Tensor | None, view: View) -> Tensor:
-        """`loss` of several choices of ``a``, stacked, in one product.
+    def losses(
+        self, indices: Sequence[Tensor], fixed: Tensor | None, searched: str, view: View
+    ) -> Tensor:
+        """`loss` of several choices of one operand, stacked, by one product; `fixed` of the other.
 
         Of a small problem they take hardly longer than one: what takes the time there is to call
         some twenty functions.
         """
-        count, rows = len(a_indices), self.a.shape[2]
+        operand, along = (self.a, 2) if searched == "a" else (self.b, 3)
+        size, count = operand.shape[along], len(indices)
         stacked: Terms = []
-        for same in zip(*(self._quantize("a", self.a, i) for i in a_indices), strict=True):
-            scales = [s.expand(-1, -1, rows, 1) for _, s in same if s is not None]
-            codes = torch.cat([codes for codes, _ in same], 2)
-            stacked.append((codes, torch.cat(scales, 2) if scales else None))
-        error = product(stacked, self.fixed("b", b_index)).unflatten(2, (count, rows))
-        error.sub_(self.output[:, :, None])
+        for same in zip(*(self._quantize(searched, operand, i) for i in indices), strict=True):
+            codes = torch.cat([codes for codes, _ in same], along)
+            scales = [
+                scale.expand(*scale.shape[:along], size, *scale.shape[along + 1 :])
+                for _, scale in same
+                if scale is not None
+            ]
+            stacked.append((codes, torch.cat(scales, along) if scales else None))
+        if searched == "a":
+            error = product(stacked, self.fixed("b", fixed))
+        else:
+            error = product(self.fixed("a", fixed), stacked)
+        error = error.unflatten(along, (count, size)).sub_(self.output.unsqueeze(along))
         if self.weight is not None:
-            error.mul_(self.weight[:, :, None])
+            error.mul_(self.weight.unsqueeze(along))
         error = error.abs_() if self.metric == "l1" else error.square_()
-        kept = error.sum(3, True) if view.kind == "element" else error.sum((3, 4), True)
-        return kept.movedim(2, 0).double()
+        rows = 3 if searched == "a" else 2
+        kept = error.sum(rows if view.kind == "element" else (rows, 4), True)
+        return kept.movedim(along, 0).double()
 
     def row_loss(self, a_index: Tensor | None, b_index: Tensor | None, groups: int) -> Tensor:
         """Loss ``[B,H,N,G]`` of rows in G blocks of columns (error metrics), float64."""
