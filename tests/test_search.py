@@ -507,6 +507,32 @@ def test_choices_evaluated_together_lose_what_each_loses(
     assert torch.allclose(again[indices[:, 0, 0, 0, 0]], found, rtol=1e-6)
 
 
+@pytest.mark.parametrize("searched", ["a", "b"])
+def test_processes_with_different_numbers_of_rows_sum_the_same_tensors(searched, monkeypatch):
+    monkeypatch.setattr(problem, "CHUNK", 500)
+    op, a, b, _ = random_op("linear")
+    together, summed = [], []
+    for rows in (36, 9):
+        shapes = []
+
+        def reduce(x, shapes=shapes):
+            shapes.append(x.shape)
+            return x
+
+        share = Gemm(op.a[:, :, :rows], op.b, op.bias, op.fisher[:, :, :rows])
+        whole = problem.problem_of(share, {"a": a, "b": b}, "hessian", 1)
+        losses = Losses(whole, reduce)
+        together.append(whole.together(searched))
+        which = torch.zeros(a.n, *losses.chosen(searched).shape, dtype=torch.bool)
+        which[::3] = True
+        losses.of(whole, searched, which)
+        losses.at_each(whole, searched, losses.candidates(searched)[:8])
+        losses.at_each(whole, searched, losses.candidates(searched)[5:8])  # known
+        summed.append(shapes)
+    assert together[0] != together[1]
+    assert summed[0] == summed[1] and len(summed[0]) == 2
+
+
 @pytest.mark.parametrize("metric", ["hessian", "mse", "linear_weighted_l2"])
 @pytest.mark.parametrize("kind", ["linear", "gelu", "conv"])
 @pytest.mark.parametrize("hardware", [False, True])

@@ -98,14 +98,14 @@ def product(a: Terms, b: Terms) -> Tensor:
     for a_codes, a_scale in a:
         for b_codes, b_scale in b:
             part = _matmul(a_codes, b_codes)
-            for scale in _together(a_scale, b_scale):
+            for scale in _merged(a_scale, b_scale):
                 part = part.mul_(scale)
             total = part if total is None else total.add_(part)
     assert total is not None, "an operand has at least one term"
     return total
 
 
-def _together(a: Tensor | None, b: Tensor | None) -> list[Tensor]:
+def _merged(a: Tensor | None, b: Tensor | None) -> list[Tensor]:
     """The scales, as one if that is no larger: each takes a pass over the product."""
     scales = [scale for scale in (a, b) if scale is not None]
     if len(scales) == 2 and (a.shape[2] == 1 or b.shape[3] == 1):

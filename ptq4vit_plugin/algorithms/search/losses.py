@@ -85,7 +85,8 @@ class Losses:
         """`at`, stacked, of several choices ``[n, *group shape]``."""
         keys = [self.key(operand, index, problem) for index in indices]
         new = {k: index for k, index in zip(keys, indices, strict=True) if k not in self._known}
-        self._known |= zip(new, self._evaluated(problem, operand, [*new.values()]), strict=True)
+        if new:
+            self._known |= zip(new, self._evaluated(problem, operand, [*new.values()]), strict=True)
         return torch.stack([self._known[k] for k in keys])
 
     def key(self, operand: str, index: Tensor, problem: Problem | None = None) -> tuple:
@@ -155,19 +156,21 @@ class Losses:
         self._known[self.key(operand, choice, problem)] = losses.gather(0, at)[0]
         return choice
 
-    def _evaluated(
-        self, problem: Problem, operand: str, indices: Sequence[Tensor]
-    ) -> Iterator[Tensor]:
-        count, view = problem.together(operand), self._views[operand]
+    def _evaluated(self, problem: Problem, operand: str, indices: Sequence[Tensor]) -> Tensor:
+        """Losses ``[n, 1, H, 1, 1 or O]`` of at least one choice."""
+        choice, view = dict(self.choice), self._views[operand]
+        count, found = problem.together(operand), []
         for start in range(0, len(indices), count):
             some = indices[start : start + count]
-            self.evaluations += len(some) * problem.cost
-            if len(some) == 1:
-                choice = {**self.choice, operand: some[0]}
-                yield self.reduce(problem.loss(choice["a"], choice["b"], operand, view))
+            if len(some) > 1:
+                other = choice["b" if operand == "a" else "a"]
+                found.append(problem.losses(some, other, operand, view))
             else:
-                other = self.choice["b" if operand == "a" else "a"]
-                yield from self.reduce(problem.losses(some, other, operand, view))
+                choice[operand] = some[0]
+                found.append(problem.loss(choice["a"], choice["b"], operand, view)[None])
+        self.evaluations += len(indices) * problem.cost
+        # All at once: processes whose rows differ in number take differently many together.
+        return self.reduce(torch.cat(found))
 
     def _alike(
         self, problem: Problem, operand: str, which: Tensor
