@@ -165,6 +165,18 @@ def test_moments_against_trying_every_centre(rows):
     torch.testing.assert_close(channels.reach(channels.centre()), expected, rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize("unused", ["activation", "weight"])
+def test_channel_scale_of_what_is_all_zero_is_one(unused):
+    reach = torch.rand(5, dtype=torch.float64) + 1
+    weight = torch.randn(3, 5)
+    if unused == "activation":
+        reach = torch.zeros_like(reach)
+    else:
+        weight = torch.zeros_like(weight)
+    scale = channel_scale(reach, reach.square(), weight)
+    assert torch.equal(scale, torch.ones(5, dtype=torch.float64))
+
+
 def test_channel_scale_undoes_a_rescaling():
     weight, peak = torch.randn(8, 6).double(), torch.rand(6).double() + 0.5
     factor = torch.tensor([1, 10, 0.1, 3, 1, 100]).double()

@@ -121,7 +121,8 @@ class FoldNorms(CalibratedAlgorithm, Folds):
             _fold_norm(module, path, measured)
         for op in smoothed:
             _smooth(module, op, measured[op.name, 0])
-        change = (_output(module, first) - before).abs().max() / before.abs().max()
+        largest = before.abs().max().clamp_min(1e-300)  # an untrained head may give zeros only
+        change = (_output(module, first) - before).abs().max() / largest
         if not change <= TOLERANCE:
             for op in smoothed:
                 hooks.take(module, op.name, 0)

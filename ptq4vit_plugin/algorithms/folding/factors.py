@@ -43,6 +43,8 @@ def channel_scale(reach: Tensor, energy: Tensor, weight: Tensor) -> Tensor:
     weight = weight.double()
     largest = weight.abs().amax(0)
     dead = (reach <= 0) | (largest <= 0)
+    if dead.all():  # as of a head whose weights start at zero
+        return torch.ones_like(reach)
     peak = CLIPPED_AT * reach.masked_fill(dead, 1)
     largest = largest.masked_fill(dead, 1)
 
