@@ -232,9 +232,9 @@ class OperandQuantizer(ABC):
     def terms(self, x: Tensor, index: int | Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return ``(codes, scale)`` pairs such that ``fake_quantize(x) == sum(codes * scale)``.
 
-        Codes are int8, uint8 (unsigned ones above 127) or int16 (256 numbers in a row that no byte
-        holds, as of codes less a zero point), in the shape of `x`; scales are float32 in the group
-        shape. Each pair is one operand of an integer matrix product.
+        Codes are int8, uint8 (unsigned ones above 127) or int16 (256 consecutive numbers that no
+        byte holds, as of codes less a zero point), in the shape of `x`; scales are float32 in the
+        group shape. Each pair is one operand of an integer matrix product.
         """
 
     @abstractmethod

@@ -121,8 +121,8 @@ class Problem:
     ) -> Tensor:
         """`loss` of several choices of one operand, stacked, by one product; `fixed` of the other.
 
-        Of a small problem they take hardly longer than one: what takes the time there is to call
-        some twenty functions.
+        Of a small problem that takes about half the time: one by one, much of it is spent on
+        calling some twenty functions.
         """
         operand, along = (self.a, 2) if searched == "a" else (self.b, 3)
         size, count = operand.shape[along], len(indices)
