@@ -15,9 +15,14 @@ from torch import Tensor, nn
 from ptq4vit_plugin.errors import CheckpointError, ExportError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.exporter import Exporter
-from ptq4vit_plugin.integrations.device import device_of
+from ptq4vit_plugin.integrations.device import adds_int8_pairs, device_of
 from ptq4vit_plugin.integrations.lowering import QuantizedOp
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
+from ptq4vit_plugin.integrations.openvino_convolutions import (
+    rewrite_convolutions,
+    wrong_convolutions,
+)
+from ptq4vit_plugin.integrations.openvino_heads import keep_apart
 from ptq4vit_plugin.integrations.openvino_placement import place_quantizers
 from ptq4vit_plugin.integrations.openvino_zero_points import fold_zero_points
 from ptq4vit_plugin.integrations.qdq import qdq_model
@@ -71,7 +76,8 @@ class OpenVINOExporter(Exporter):
         Raises
         ------
         ExportError
-            A product whose operands are quantized runs in float.
+            A product whose operands are quantized runs in float, or a convolution that runs in
+            integers computes something else.
         """
         example = example.cpu()
         try:
@@ -93,6 +99,13 @@ class OpenVINOExporter(Exporter):
                 f"export: OpenVINO runs {', '.join(facts['float_products'])} in float; quantize "
                 "with target: openvino, leave the op out with ignored_scopes, or set allow_float: "
                 "true to write the model all the same"
+            )
+        exact = not adds_int8_pairs(torch.device("cpu"))
+        if exact and (wrong := wrong_convolutions(made, _both_ways)):
+            names = ", ".join(_op_of(name) for name in wrong)
+            raise ExportError(
+                f"export: OpenVINO's int8 kernels of this CPU compute {names} wrongly; leave the "
+                "op out with ignored_scopes"
             )
         openvino.save_model(made, path, compress_to_fp16=False)
         seal(path, [path.with_suffix(".bin")])
@@ -124,6 +137,8 @@ class OpenVINOExporter(Exporter):
             made = openvino.convert_model(lowered, example_input=example)
         made.reshape([-1 if d in dynamic else n for d, n in enumerate(example.shape)])
         fold_zero_points(made)
+        keep_apart(made)
+        rewrite_convolutions(made)
         placed = made.clone()
         place_quantizers(placed)
         try:
@@ -236,6 +251,18 @@ def _runner(model: openvino.Model, settings: dict[str, str]) -> Callable[[Tensor
     compiled = _compiled(model, settings)
     run = _in_its_batches(model, lambda images: list(compiled(images.numpy()).values()))
     return lambda images: torch.from_numpy(run(images)[0])
+
+
+def _both_ways(model: openvino.Model, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The output of a model in integers and in float arithmetic."""
+    integer, floating = (_compiled(model, how)(x)[0].copy() for how in (EXACT, IN_FLOAT))
+    return integer, floating
+
+
+def _op_of(node: str) -> str:
+    """The op that a node's name is made of, or the name itself."""
+    head = node.partition("/")[0]
+    return head.removeprefix("__module.ops.").replace(":", "/") if ":" in head else node
 
 
 @torch.inference_mode()
