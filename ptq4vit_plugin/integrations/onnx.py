@@ -139,7 +139,7 @@ def _precisions(path: Path, ops: Sequence[QuantizedOp]) -> dict[str, Any]:
     """
     planned = {ReplacedOps.key(op.name): op.name for op in ops if op.integer}
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / path.name
         options.optimized_model_filepath = str(optimized)
@@ -169,7 +169,7 @@ def _session(
 ) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

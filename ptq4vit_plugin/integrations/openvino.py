@@ -114,15 +114,28 @@ class OpenVINOExporter(Exporter):
     def _any_granularity(
         self, model: nn.Module, example: Tensor, dynamic: Sequence[int]
     ) -> tuple[openvino.Model, dict[str, Any]]:
-        """`_converted`, with scales per head outside the quantizers where OpenVINO needs that."""
+        """`_converted`, with scales per head outside the quantizers where OpenVINO needs that.
+
+        Its quantizer has no scales per head where it moves a transpose in front of it, and LeViT's
+        products of such values run in float. The scales are multiplied outside then: the same
+        numbers.
+        """
         try:
-            return self._converted(model, example, dynamic, per_tensor=False)
+            inside = self._converted(model, example, dynamic, per_tensor=False)
         except RuntimeError:
-            # Its quantizer has no scales per head where it moves a transpose in front of it. The
-            # scales are multiplied outside then: the same numbers.
+            inside = None
+        if inside is not None and not inside[1]["float_products"]:
+            return inside
+        try:
             made, facts = self._converted(model, example, dynamic, per_tensor=True)
-            facts["note"] = "scales per head are multiplied outside; fits: target: openvino"
-            return made, facts
+        except RuntimeError:
+            if inside is None:
+                raise
+            return inside
+        if inside is not None and len(inside[1]["float_products"]) <= len(facts["float_products"]):
+            return inside
+        facts["note"] = "scales per head are multiplied outside; fits: target: openvino"
+        return made, facts
 
     def _converted(
         self, model: nn.Module, example: Tensor, dynamic: Sequence[int], per_tensor: bool
