@@ -168,25 +168,41 @@ def test_openvino_runs_every_planned_product_in_integers(exported):
     assert types == {"i8": 9}
 
 
-def test_openvino_refuses_and_names_a_product_in_float(quantized, batch, tmp_path, monkeypatch):
-    """Weights are int8 here and activations float, which OpenVINO still reports as i8."""
+def float_activations(monkeypatch, where):
+    """One op's activations float and its weights int8, which OpenVINO still reports as i8."""
     from ptq4vit_plugin.integrations import openvino as exporter
 
     class Float(torch.nn.Module):
         def forward(self, x):
             return x, None
 
-    def with_float_activations(model, *how, **named):
-        lowered, found = qdq_model(model, *how, **named)
-        grids = lowered.named_ops()["blocks/1/mlp/fc1/linear/0"].left
-        grids[0] = Float()
+    def with_float_activations(model, per_tensor, **named):
+        lowered, found = qdq_model(model, per_tensor, **named)
+        if per_tensor in where:
+            grids = lowered.named_ops()["blocks/1/mlp/fc1/linear/0"].left
+            grids[0] = Float()
         return lowered, found
 
     monkeypatch.setattr(exporter, "qdq_model", with_float_activations)
+
+
+def test_openvino_refuses_and_names_a_product_in_float(quantized, batch, tmp_path, monkeypatch):
+    float_activations(monkeypatch, where=(False, True))
     arguments = (quantized("vit", 4), tmp_path / "m.xml", "openvino", batch("vit", 2))
     with pytest.raises(ExportError, match="blocks/1/mlp/fc1/linear/0 in float.*allow_float"):
         ptq.export(*arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("in_float", [False, True])
+def test_scales_per_head_go_outside_only_where_products_would_run_in_float(
+    in_float, quantized, batch, tmp_path, monkeypatch
+):
+    """As LeViT's products of softmax's output and values do."""
+    float_activations(monkeypatch, where=(not in_float,))
+    report = ptq.export(quantized("vit", 4), tmp_path / "m.xml", "openvino", batch("vit", 2))
+    assert report.facts["integer_products"] == report.facts["planned_products"] == 18
+    assert ("multiplied outside" in report.facts.get("note", "")) == in_float
 
 
 @pytest.mark.parametrize("format", FORMATS)
