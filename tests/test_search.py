@@ -468,23 +468,27 @@ def test_a_descent_goes_as_far_as_it_must(off):
 
 @pytest.mark.parametrize("metric", ["hessian", "mse", "l1", "linear_weighted_l2"])
 @pytest.mark.parametrize("granularity", ["channel", "row_blocks", "tensor"])
-@pytest.mark.parametrize("kind", ["linear", "gelu", "zero_point", "heads"])
+@pytest.mark.parametrize("kind", ["linear", "gelu", "zero_point", "heads", "images", "attention"])
 @pytest.mark.parametrize("searched", ["a", "b"])
 @pytest.mark.parametrize("hardware", [False, True])
 def test_choices_evaluated_together_lose_what_each_loses(
     hardware, searched, kind, granularity, metric, monkeypatch
 ):
     monkeypatch.setattr(problem, "has_int8_dot", lambda device: hardware)
-    if kind == "heads":  # of one image
-        op, a, b, _ = random_op("matmul", 8, "tensor" if granularity == "tensor" else "head")
-        op = Gemm(op.a[:1], op.b[:1], None, op.fisher[:1])
+    if kind in ("heads", "images", "attention"):
+        shape = "tensor" if granularity == "tensor" else "head"
+        op, a, b, _ = random_op("attention" if kind == "attention" else "matmul", 8, shape)
+        if kind == "heads":  # of one image
+            op = Gemm(op.a[:1], op.b[:1], None, op.fisher[:1])
     else:
         op, a, b, _ = random_op("gelu" if kind == "gelu" else "linear", 8, granularity)
     if kind == "zero_point":
         a = Asymmetric(8, TENSOR, SPAN)
         a.observe(op.a)
     losses = Losses(problem.problem_of(op, {"a": a, "b": b}, metric, 1), lambda x: x)
-    monkeypatch.setattr(problem, "CHUNK", 5 * losses.problem.output.numel())
+    largest = max(x.numel() for x in (op.a if searched == "a" else op.b, losses.problem.output))
+    batched = len(op.a) > 1
+    monkeypatch.setattr(problem, "BATCHED_CHUNK" if batched else "CHUNK", 5 * largest)
     assert losses.problem.together(searched) == 5
     quantizer, fixed = (a, "b") if searched == "a" else (b, "a")
     losses.choice[fixed] = torch.full_like(losses.chosen(fixed), 7)
@@ -719,7 +723,7 @@ def test_elimination_finds_the_least_sum(spread, known):
     size = torch.exp(spread * normal(g, rows)).sort(descending=True).values
     kind = 1 + torch.linspace(-1, 2, candidates)[:, None, None] ** 2
     losses = (kind * size[:, None] * normal(g, candidates, rows, groups).square()).double()
-    parts = elimination.pieces(rows)
+    parts = elimination.pieces(rows, 64, 7)
     assert sum(len(range(rows)[part]) for part in parts) == rows and parts[0].start == 0
     shape = (candidates, 1, 1, 1, groups)
     evaluated = torch.zeros(shape)
@@ -748,6 +752,79 @@ def test_elimination_finds_the_least_sum(spread, known):
     assert evaluated.max() <= 1 + 1e-6 and (not known or evaluated[of, of].max() == 0)
     # The first piece of every candidate, and the best one: more only where rows weigh alike.
     assert evaluated.sum(0).mean() < candidates * (0.9 if spread == 0 else 0.35)
+
+
+@pytest.mark.parametrize("count, first, number", [(8, 1, 4), (9, 1, 4), (2048, 1, 4), (128, 64, 7)])
+def test_pieces_are_all_rows_and_none_is_empty(count, first, number):
+    parts = elimination.pieces(count, first, number)
+    rows = [row for part in parts for row in range(count)[part]]
+    assert rows == list(range(count)) and len(parts) == number
+    assert all(part.start < part.stop for part in parts)
+
+
+def few_rows(kind, bits, granularity, seed, images=16):
+    """A product of attention of which two rows of every image decide: as a class token's does."""
+    op, a, b, order = structured(kind, bits, seed)
+    op = Gemm(op.a[:images], op.b[:images], None, op.fisher[:images])
+    op.fisher[:, :, 2:] *= 1e-12
+    if granularity == "head":
+        a, b = (type(q)(bits, Grouping((1, 3, 1, 1)), q.search) for q in (a, b))
+        a.observe(op.a)
+        b.observe(op.b)
+    return op, a, b, order
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
+@pytest.mark.parametrize("kind", ["matmul", "attention"])
+@pytest.mark.parametrize("images", [7, 16])
+def test_a_product_of_attention_is_searched_by_images_where_few_rows_decide(
+    images, kind, granularity, bits, monkeypatch
+):
+    op, a, b, order = few_rows(kind, bits, granularity, seed=bits, images=images)
+    made = []
+
+    def by_images(*given):
+        made.append(elimination.by_images(*given))
+        return made[-1]
+
+    monkeypatch.setattr(halving, "by_images", by_images)
+    best = search(op, a, b, order=order, strategy="exhaustive")
+    fast = search(op, a, b, order=order, strategy="fast")
+    assert torch.equal(fast.a_index, best.a_index) and torch.equal(fast.b_index, best.b_index)
+    assert fast.after == pytest.approx(best.after, rel=1e-5)
+    assert {name: len(curve) for name, curve in fast.curves.items()} == {"a": a.n, "b": b.n}
+    # Too few images make no pieces; all candidates are compared on all of them then.
+    assert len(made) == 1 and (made[0] is None) == (images < elimination.FEWEST_IMAGES)
+    if made[0] is not None:
+        monkeypatch.setattr(halving, "by_images", lambda *given: None)
+        assert fast.evaluations < 0.8 * search(op, a, b, order=order, strategy="fast").evaluations
+
+
+@pytest.mark.parametrize("images", [(16, 12), (16, 7)])
+def test_processes_with_different_numbers_of_images_sum_the_same_tensors(images):
+    op, a, b, _ = few_rows("matmul", 6, "head", seed=1)
+    refused = images[1] < elimination.FEWEST_IMAGES
+    summed = []
+    for count in images:
+        shapes = []
+
+        def reduce(x, shapes=shapes):
+            shapes.append(x.shape)
+            # What the other process says of its images.
+            return x + float(refused) if x.dim() == 0 else x
+
+        share = Gemm(op.a[:count], op.b[:count], None, op.fisher[:count])
+        losses = Losses(problem.problem_of(share, {"a": a, "b": b}, "hessian", 1), reduce)
+        start = torch.full(a.grouping.shape, a.n), torch.full(b.grouping.shape, b.n)
+        parts = rows_of(losses.problem, start, groups=5)
+        made = elimination.by_images(losses, losses.problem.weighty(parts, 1e-3), parts)
+        assert (made is None) == refused
+        if made is not None:
+            assert len(made._pieces) == elimination.IMAGE_PIECES
+            made._on_piece(2, "b", losses.candidates("b") % 3 == 0)
+        summed.append(shapes)
+    assert summed[0] == summed[1]
 
 
 def test_draw_takes_certain_items_once():
@@ -779,6 +856,13 @@ def test_largest_items_are_taken_once_and_count_once():
     assert all(len(set(row)) == 4 for row in index.tolist())
     assert (factor[size.gather(1, index) >= 4] == 1).all()
     assert (factor[size.gather(1, index) < 4] > 1).all()
+
+
+def test_nothing_is_drawn_where_the_largest_are_everything():
+    size = torch.tensor([[1e-14, 1.0, 1e-14, 2.0]]).double()
+    assert sampling.enough(size[None] / size.sum(), 1e-3) == (2, 0)
+    index, factor = sampling.largest_and(size, 2, 0)
+    assert index.tolist() == [[1, 3]] and factor.tolist() == [[1, 1]]
 
 
 def test_rows_that_carry_the_gradient_stand_for_all():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ptq4vit_plugin.algorithms.search.losses import Losses
+from ptq4vit_plugin.algorithms.search.problem import Problem
 from ptq4vit_plugin.algorithms.search.sampling import shares
 
 #: Number of pieces; each ends at the same multiple of the rows where the one before ends.
@@ -21,6 +22,8 @@ PIECES = 7
 #: The first piece's share of the rows, and its rows at least: with fewer, quantizing a weight costs
 #: more than multiplying by it.
 SHARE, FIRST = 1 / 128, 64
+#: Pieces where they are images, the first of one, and images at least: none is empty then.
+IMAGE_PIECES, FEWEST_IMAGES = 4, 8
 #: Share of the loss that is still ahead, in the mean over rows that are sorted by it, up to which
 #: few rows carry nearly everything.
 AHEAD = 0.1
@@ -35,25 +38,26 @@ ROUNDING = 1e-5
 
 
 class Elimination:
-    """Search of the operands of an op with one batch entry by elimination.
+    """Search of the operands of an op by elimination.
 
     Parameters
     ----------
     losses
-        Of the op, whose rows are sorted here.
-    order
-        The rows, those first on which most is lost (`deciding_rows`).
+        Of the op.
+    problem
+        The op, or what stands for it.
+    pieces
+        It in parts, those first on which most is lost; as many in all processes.
     """
 
-    def __init__(self, losses: Losses, order: Tensor) -> None:
+    def __init__(self, losses: Losses, problem: Problem, pieces: Sequence[Problem]) -> None:
         self.losses = losses
-        problem = losses.problem = losses.problem.of_rows(order)
-        self._pieces = [problem.of_rows(part) for part in pieces(len(order))]
+        self._problem, self._pieces = problem, pieces
         #: Positive where a head and column has a gradient.
         self._weighed = (
-            torch.ones_like(problem.output[:, :, :1])
+            torch.ones_like(problem.output[:1, :, :1])
             if problem.weight is None
-            else losses.reduce(problem.weight.amax(2, keepdim=True))
+            else losses.reduce(problem.weight.amax((0, 2), keepdim=True))
         )
         #: Of the last search's choice, its losses on every piece.
         self._known: tuple[tuple, Tensor] | None = None
@@ -70,7 +74,7 @@ class Elimination:
         if not alive.any():
             return current
         known = None
-        if self._known is not None and self._known[0] == losses.key(operand, current):
+        if self._known is not None and self._known[0] == self._key(operand, current):
             known = (candidates == current) & alive, self._known[1]
         choice, bounds, on_pieces = best_candidates(
             len(self._pieces),
@@ -84,9 +88,12 @@ class Elimination:
             self._alive.setdefault(operand, bounds <= HOPELESS * least)
         # A group without a gradient keeps its choice; what it loses is zero anyway.
         choice = torch.where(weighed[0], choice, current)
-        self._known = losses.key(operand, choice), on_pieces
-        losses.remember(operand, choice, on_pieces.sum(0))
+        self._known = self._key(operand, choice), on_pieces
+        losses.remember(self._problem, operand, choice, on_pieces.sum(0))
         return choice
+
+    def _key(self, operand: str, index: Tensor) -> tuple:
+        return self.losses.key(operand, index, self._problem)
 
     def _on_piece(self, piece: int, operand: str, which: Tensor) -> Tensor:
         found = self.losses.of(self._pieces[piece], operand, which)
@@ -95,10 +102,10 @@ class Elimination:
         return found
 
 
-def deciding_rows(losses: Losses, parts: Sequence[Tensor]) -> Tensor | None:
-    """The rows, those first on which most is lost, if few of them carry nearly everything.
+def by_rows(losses: Losses, parts: Sequence[Tensor]) -> Elimination | None:
+    """Elimination for an op with one batch entry if few of its rows carry nearly everything.
 
-    None if not, or if the op has more than one batch entry. Processes decide alike.
+    The rows are sorted in `losses`. Processes decide alike.
 
     Parameters
     ----------
@@ -111,16 +118,37 @@ def deciding_rows(losses: Losses, parts: Sequence[Tensor]) -> Tensor | None:
     refused = float(len(size) < 2 * FIRST or share_ahead(size) > AHEAD)
     if losses.reduce(torch.tensor(refused, device=size.device)) > 0:
         return None
-    return size.argsort(descending=True)
+    problem = losses.problem = losses.problem.of_rows(size.argsort(descending=True))
+    first = max(FIRST, len(size) * SHARE)
+    return Elimination(
+        losses, problem, [problem.of_rows(part) for part in pieces(len(size), first, PIECES)]
+    )
 
 
-def pieces(rows: int) -> list[slice]:
-    """Slices of rows that are sorted by what is lost on them, largest first.
+def by_images(losses: Losses, problem: Problem, parts: Sequence[Tensor]) -> Elimination | None:
+    """Elimination for rows of every image and head that stand for all (`Problem.weighty`).
 
-    None is empty if there are twice `FIRST` rows.
+    Where they are few, most of the time is spent on quantizing the other operand, all of whose
+    rows every candidate needs: of few images first. None if there are too few images. Processes
+    decide alike.
+
+    Parameters
+    ----------
+    losses, parts
+        As for `by_rows`.
     """
-    first = max(FIRST, rows * SHARE)
-    ends = [round(first * (rows / first) ** (piece / (PIECES - 1))) for piece in range(PIECES)]
+    size = shares([x.sum((2, 3)).T for x in parts]).mean(0)
+    refused = torch.tensor(float(len(size) < FEWEST_IMAGES), device=size.device)
+    if losses.reduce(refused) > 0:
+        return None
+    problem = problem.of_images(size.argsort(descending=True))
+    parts = [problem.of_images(part) for part in pieces(len(size), 1, IMAGE_PIECES)]
+    return Elimination(losses, problem, parts)
+
+
+def pieces(count: int, first: float, number: int) -> list[slice]:
+    """Slices of `count` rows or images, the largest first: the end grows by the same factor."""
+    ends = [round(first * (count / first) ** (piece / (number - 1))) for piece in range(number)]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 

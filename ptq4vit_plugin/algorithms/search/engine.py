@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ptq4vit_plugin.algorithms.search.elimination import Elimination, deciding_rows
+from ptq4vit_plugin.algorithms.search.elimination import by_rows
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.search.halving import Halving
 from ptq4vit_plugin.algorithms.search.losses import Losses
@@ -150,11 +150,10 @@ def _fast(losses: Losses) -> tuple[float, Best]:
     if is_angle(losses.problem.metric):
         return losses.objective(), Halving(losses, None).best
     before, parts = look(losses)
-    order = deciding_rows(losses, parts)
-    if order is None:
+    elimination = by_rows(losses, parts)
+    if elimination is None:
         return before, Halving(losses, parts).best
-    del parts  # elimination takes no samples, and they are large
-    return before, Elimination(losses, order).best
+    return before, elimination.best
 
 
 def _exhaustive(losses: Losses) -> Best:

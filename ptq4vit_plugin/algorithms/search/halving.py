@@ -22,6 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ptq4vit_plugin.algorithms.search.elimination import Elimination, by_images
 from ptq4vit_plugin.algorithms.search.expansion import Expansion
 from ptq4vit_plugin.algorithms.search.losses import Losses, order
 from ptq4vit_plugin.algorithms.search.objective import is_angle
@@ -108,17 +109,21 @@ class Halving:
 
         `again` says that the operand will be searched again whatever the choice is.
         """
-        current = self.losses.chosen(operand)
+        losses, current = self.losses, self.losses.chosen(operand)
         schedule = self._schedule(operand, again)
         candidates = self._survivors(operand, schedule)
         if schedule == DESCENT_SCHEDULE and len(candidates) == 1:
             return self._descended(operand, candidates[0], turn)
+        if schedule == BATCHED_SCHEDULE and len(candidates) == len(losses.candidates(operand)):
+            elimination = self._elimination
+            if elimination is not None:
+                return elimination.best(operand, turn, again)
         if turn > 0:
             candidates = torch.cat([candidates, current[None]])
         # The start scales, the last row, may be a group's choice still.
-        every = len(self.losses.candidates(operand)) + 1
+        every = len(losses.candidates(operand)) + 1
         which = torch.zeros(every, *current.shape, dtype=torch.bool, device=current.device)
-        return self.losses.best(self._finals, operand, which.scatter_(0, candidates, True))
+        return losses.best(self._finals, operand, which.scatter_(0, candidates, True))
 
     def _descended(self, operand: str, start: Tensor, turn: int) -> Tensor:
         """The candidate of one scale that loses less, on all rows, than those next to it."""
@@ -165,7 +170,7 @@ class Halving:
             else:
                 sample = self._sample(stage, operand)
                 if sample is None:
-                    continue
+                    break  # the next ones have more rows
                 found = losses.at_each(sample, operand, candidates)
             if candidates is everything:
                 losses.curves[operand] = found.flatten(1).sum(1).tolist()
@@ -188,6 +193,13 @@ class Halving:
         if self._error <= ERROR:
             return ROUGH_CURVED_SCHEDULE if again else CURVED_SCHEDULE
         return ROUGH_SCHEDULE if again else EXPANDED_SCHEDULE
+
+    @cached_property
+    def _elimination(self) -> Elimination | None:
+        """For products of attention that are too small, as they are compared, for samples."""
+        if self._parts is None:
+            return None
+        return by_images(self.losses, self._finals, self._parts)
 
     @cached_property
     def _is_smooth(self) -> bool:

@@ -98,9 +98,9 @@ class Losses:
             *(None if choice[k] is None else as_bytes(choice[k]) for k in ("a", "b")),
         )
 
-    def remember(self, operand: str, index: Tensor, loss: Tensor) -> None:
-        """Take `loss` for what `objective` finds at `index` of `operand`."""
-        self._known[self.key(operand, index)] = loss
+    def remember(self, problem: Problem, operand: str, index: Tensor, loss: Tensor) -> None:
+        """Take `loss` for what `at` finds."""
+        self._known[self.key(operand, index, problem)] = loss
 
     def of(self, problem: Problem, operand: str, which: Tensor) -> Tensor:
         """Losses ``[n, 1, H, 1, 1 or O]`` of candidates `which`, ``[n, *group shape]``.

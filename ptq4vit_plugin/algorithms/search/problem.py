@@ -111,10 +111,11 @@ class Problem:
 
     def together(self, searched: str) -> int:
         """How many choices `losses` may evaluate at once; 1: use `loss`."""
-        if self.output.shape[0] > 1 or self.blocks > 1 or is_angle(self.metric):
+        if self.blocks > 1 or is_angle(self.metric):
             return 1
         operand = self.a if searched == "a" else self.b
-        return max(1, CHUNK // max(self.output.numel(), operand.numel()))
+        chunk = BATCHED_CHUNK if self.output.shape[0] > 1 else CHUNK
+        return max(1, chunk // max(self.output.numel(), operand.numel()))
 
     def losses(
         self, indices: Sequence[Tensor], fixed: Tensor | None, searched: str, view: View
@@ -145,7 +146,7 @@ class Problem:
         error = error.abs_() if self.metric == "l1" else error.square_()
         rows = 3 if searched == "a" else 2
         kept = error.sum(rows if view.kind == "element" else (rows, 4), True)
-        return kept.movedim(along, 0).double()
+        return kept.movedim(along, 0).sum(1, True, dtype=torch.float64)
 
     def row_loss(self, a_index: Tensor | None, b_index: Tensor | None, groups: int) -> Tensor:
         """Loss ``[B,H,N,G]`` of rows in G blocks of columns (error metrics), float64."""
@@ -364,6 +365,19 @@ class Problem:
             quantizers={**self.quantizers, "b": quantizer},
             cost=self.cost * len(columns) / self.output.shape[3],
             _kept={name: kept for name, kept in self._kept.items() if name == "a"},
+        )
+
+    def of_images(self, images: Tensor | slice) -> "Problem":
+        """The problem for some images, or with its images in another order (batched ops)."""
+        output = self.output[images]
+        return replace(
+            self,
+            a=self.a[images],
+            b=self.b[images],
+            output=output,
+            weight=None if self.weight is None else self.weight[images],
+            cost=self.cost * len(output) / len(self.output),
+            _kept={},
         )
 
     def of_rows(self, rows: Tensor | slice) -> "Problem":

@@ -35,7 +35,7 @@ def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     importance
         ``[G, n]``, not negative.
     count
-        Items to draw per group.
+        Items to draw per group; may be none.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     total = size.sum(1, keepdim=True)
     # A tenth of the draws is uniform: no item is impossible and no weight exceeds 10 n / count.
     size = 0.9 * size / total.clamp_min(1e-300) + 0.1 / n
-    certain = torch.zeros_like(size, dtype=torch.bool)
+    certain, probability = torch.zeros_like(size, dtype=torch.bool), torch.ones_like(size)
     for _ in range(count):  # items whose probability would exceed 1 are taken for certain
         rest = count - certain.sum(1, keepdim=True)
         free = size.masked_fill(certain, 0)
