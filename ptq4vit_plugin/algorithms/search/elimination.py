@@ -5,7 +5,9 @@ bound of its loss. The rows come in pieces, those first on which most is lost. A
 leader of each group is evaluated on the rest; a candidate that has already lost more than the best
 of these is out. What remains after the last piece has been evaluated on everything.
 
-Where few rows carry nearly everything (often a class token's), most candidates are out early.
+Where few rows carry nearly everything (often a class token's), most candidates are out early. In a
+product of attention these rows are quickly multiplied, but each candidate of the other operand has
+to be quantized, all rows of it; there the pieces are images (`by_images`).
 """
 
 from collections.abc import Callable, Sequence

@@ -7,7 +7,8 @@ interact, so candidate i is evaluated for all of them in one pass.
 `exhaustive` evaluates every candidate on all data. `fast` looks first how unevenly the rows matter
 (`rows.py`): by the gradient's energy on them, and by what is lost on them at the start scales and
 at two clipping ones. Where few rows carry nearly everything it searches by elimination, for certain
-(`elimination.py`), otherwise by successive halving on samples (`halving.py`).
+(`elimination.py`), otherwise by successive halving on samples (`halving.py`), or by elimination on
+the few rows of a product of attention that stand for all.
 
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
 evaluated twice; an operand is not searched again while the other's choice stands (but after its

@@ -8,7 +8,8 @@ where columns can share a matrix (see `quadratic`). A weight's first search is a
 its choice is made again when the other operand has its scale. What an operand with one scale loses
 is a smooth curve where many rows matter: a descent on all rows finds its minimum from where a small
 sample has it. Survivors of products of attention are compared on the largest rows and a sample of
-the others, so many that the loss of every head is known to `SURE`.
+the others, so many that the loss of every head is known to `SURE`; where these are no more than a
+sample takes, all candidates are, by elimination.
 
 From the second round on survivors are compared together with the present choice, so that the
 objective on the rows compared never rises.
