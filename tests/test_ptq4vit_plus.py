@@ -198,3 +198,21 @@ def test_ridge_moves_weights_off_their_nearest_levels_and_stays_close(net, image
     name = "blocks.0.mlp.fc2.weight"
     assert not torch.equal(moved.get_parameter(name), nearest.get_parameter(name))
     assert sqnr(moved, net, unseen) > sqnr(nearest, net, unseen) - 3
+
+
+class MixesImages(torch.nn.Module):
+    """Attention without heads, as in timm's CSATv2: keys of all images, for every image."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = torch.nn.Linear(8, 24), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+
+
+def test_a_model_that_mixes_the_images_of_a_batch_is_refused():
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ModelError, match="matmul.*images of a batch.*algorithm: ptq4vit"):
+        ptq.quantize(MixesImages().eval(), [x], {"algorithm": "ptq4vit_plus", "fold": {}})

@@ -82,7 +82,7 @@ class Compensate(CalibratedAlgorithm, Repairs):
         DataError
             No calibration data.
         ModelError
-            The model is not quantized.
+            The model is not quantized, or mixes the images of a batch.
         """
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
@@ -130,7 +130,7 @@ class Compensate(CalibratedAlgorithm, Repairs):
                     for port, x in sorted(seen.inputs.items())
                 ]
                 if op.kind == "matmul":
-                    return torch.matmul(*inputs)
+                    return _multiplied(op, *inputs)
                 name = op.sources[1].parameter
                 quantizer = quantizers.get((name, None))
                 fixed = name in shared or op.convolution.get("groups", 1) > 1
@@ -275,6 +275,15 @@ def _new_range(
     else:
         return quantizer
     return best_range(quantizer, x.transpose(0, 1).flatten(1, 2), columns, weight, images)
+
+
+def _multiplied(op: FoundOp, x: Tensor, y: Tensor) -> Tensor:
+    if x.shape[-1] != y.shape[-2]:
+        raise ModelError(
+            f"compensate: {op.name} multiplies the images of a batch with each other, so that the "
+            "float and the quantized model cannot run side by side; use algorithm: ptq4vit"
+        )
+    return torch.matmul(x, y)
 
 
 def _through(quantizer: nn.Module | None, x: Tensor) -> Tensor:
