@@ -128,8 +128,9 @@ def wrong_convolutions(
         if grid is None or not grid.is_single:
             continue
         size = [1, *shape(quantizer.input_value(0))[1:]]
-        how = product.get_attributes()
-        alike = (*size, *shape(product.input_value(1)), grid.is_signed, *map(str, how.values()))
+        how = product.get_attributes().values()
+        codes = grid.is_signed, grid.taken[0].item() == 0
+        alike = (*size, *shape(product.input_value(1)), *codes, *map(str, how))
         if None in size or alike in seen:
             continue
         seen.add(alike)

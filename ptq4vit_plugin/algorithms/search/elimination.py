@@ -121,10 +121,8 @@ def by_rows(losses: Losses, parts: Sequence[Tensor]) -> Elimination | None:
     if losses.reduce(torch.tensor(refused, device=size.device)) > 0:
         return None
     problem = losses.problem = losses.problem.of_rows(size.argsort(descending=True))
-    first = max(FIRST, len(size) * SHARE)
-    return Elimination(
-        losses, problem, [problem.of_rows(part) for part in pieces(len(size), first, PIECES)]
-    )
+    slices = pieces(len(size), max(FIRST, len(size) * SHARE), PIECES)
+    return Elimination(losses, problem, [problem.of_rows(part) for part in slices])
 
 
 def by_images(losses: Losses, problem: Problem, parts: Sequence[Tensor]) -> Elimination | None:
@@ -138,14 +136,16 @@ def by_images(losses: Losses, problem: Problem, parts: Sequence[Tensor]) -> Elim
     ----------
     losses, parts
         As for `by_rows`.
+    problem
+        These rows.
     """
     size = shares([x.sum((2, 3)).T for x in parts]).mean(0)
     refused = torch.tensor(float(len(size) < FEWEST_IMAGES), device=size.device)
     if losses.reduce(refused) > 0:
         return None
     problem = problem.of_images(size.argsort(descending=True))
-    parts = [problem.of_images(part) for part in pieces(len(size), 1, IMAGE_PIECES)]
-    return Elimination(losses, problem, parts)
+    slices = pieces(len(size), 1, IMAGE_PIECES)
+    return Elimination(losses, problem, [problem.of_images(part) for part in slices])
 
 
 def pieces(count: int, first: float, number: int) -> list[slice]:
