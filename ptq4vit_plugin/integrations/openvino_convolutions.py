@@ -14,7 +14,13 @@ import numpy as np
 from openvino import Model, Node, Output
 from openvino import opset13 as ops
 
-from ptq4vit_plugin.integrations.openvino_graph import Grid, grid_of, shape
+from ptq4vit_plugin.integrations.openvino_graph import (
+    Grid,
+    grid_of,
+    int8_weight,
+    replace,
+    shape,
+)
 
 #: Input channels that are enough.
 ENOUGH = 64
@@ -54,11 +60,14 @@ def _add_channels(product: Node, quantizer: Node) -> None:
     if channels >= ENOUGH or channels % MULTIPLE or width % 2 or channels * width < WIDE:
         return
     behind = np.array([0, ENOUGH - channels, 0, 0])
-    weight = _padded(product.input_value(1).get_node(), behind)
-    if weight is not None:
-        # Whatever the quantizer makes of zero: the weights there are zero.
-        product.input(0).replace_source_output(_quantized(quantizer, 0 * behind, behind))
-        product.input(1).replace_source_output(weight.output(0))
+    weight = int8_weight(product.input_value(1).get_node())
+    if weight is None:
+        return
+    codes = ops.constant(np.pad(weight[0], [(0, n) for n in behind]))
+    padded = ops.multiply(ops.convert(codes, "f32"), ops.constant(weight[1]))
+    # Whatever the quantizer makes of zero: the weights there are zero.
+    product.input(0).replace_source_output(_quantized(quantizer, 0 * behind, behind))
+    product.input(1).replace_source_output(padded.output(0))
 
 
 def _pad_ahead(product: Node, quantizer: Node, grid: Grid) -> None:
@@ -79,8 +88,7 @@ def _pad_ahead(product: Node, quantizer: Node, grid: Grid) -> None:
         how["dilations"],
     )
     made.set_friendly_name(product.get_friendly_name())
-    for taker in product.output(0).get_target_inputs():
-        taker.replace_source_output(made.output(0))
+    replace(product.output(0), made.output(0))
 
 
 def _quantized(quantizer: Node, ahead: np.ndarray, behind: np.ndarray) -> Output:
@@ -88,20 +96,6 @@ def _quantized(quantizer: Node, ahead: np.ndarray, behind: np.ndarray) -> Output
     wide = ops.pad(quantizer.input_value(0), ahead, behind, "constant")
     limits = [quantizer.input_value(port) for port in range(1, 5)]
     return ops.fake_quantize(wide, *limits, quantizer.get_attributes()["levels"]).output(0)
-
-
-def _padded(weight: Node, behind: np.ndarray) -> Node | None:
-    """A weight of int8 codes and their scale with zeros behind; None for anything else."""
-    if weight.get_type_name() != "Multiply":
-        return None
-    convert, scale = (weight.input_value(port).get_node() for port in (0, 1))
-    if convert.get_type_name() != "Convert" or scale.get_type_name() != "Constant":
-        return None
-    codes = convert.input_value(0).get_node()
-    if codes.get_type_name() != "Constant":
-        return None
-    more = np.pad(codes.get_data(), [(0, n) for n in behind])
-    return ops.multiply(ops.convert(ops.constant(more), "f32"), scale)
 
 
 def wrong_convolutions(

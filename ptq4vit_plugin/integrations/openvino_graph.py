@@ -64,3 +64,15 @@ def replace(old: Output, new: Output) -> None:
     """Let `new` go wherever `old` goes now."""
     for consumer in old.get_target_inputs():
         consumer.replace_source_output(new)
+
+
+def int8_weight(node: Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """Codes and scale of a weight that is constant codes times a constant; None for others."""
+    if node.get_type_name() != "Multiply":
+        return None
+    codes, scale = (node.input_value(port).get_node() for port in (0, 1))
+    if codes.get_type_name() == "Convert":
+        codes = codes.input_value(0).get_node()
+    if any(known.get_type_name() != "Constant" for known in (codes, scale)):
+        return None
+    return codes.get_data(), scale.get_data()

@@ -11,7 +11,7 @@ import numpy as np
 from openvino import Model
 from openvino import opset13 as ops
 
-from ptq4vit_plugin.integrations.openvino_graph import consumers, grid_of, shape
+from ptq4vit_plugin.integrations.openvino_graph import consumers, grid_of, replace, shape
 
 #: Dimensions of a product per head: images, heads, rows, columns.
 DIMENSIONS = 4
@@ -38,7 +38,6 @@ def keep_apart(model: Model) -> None:
             or len(consumers(product)) > 1
         ):
             continue
-        takers = quantizer.output(0).get_target_inputs()
         # Zero stands for the dimension as it is.
         together = ops.reshape(product, np.array([0, 0, -1]), special_zero=True)
         limits = [
@@ -47,6 +46,5 @@ def keep_apart(model: Model) -> None:
         ]
         rounded = ops.fake_quantize(together, *limits, quantizer.get_attributes()["levels"])
         apart = ops.reshape(rounded, np.array([0, 0, -1, columns]), special_zero=True)
-        for taker in takers:
-            taker.replace_source_output(apart.output(0))
+        replace(quantizer.output(0), apart.output(0))
     model.validate_nodes_and_infer_types()

@@ -12,7 +12,7 @@ import numpy as np
 from openvino import Input, Model, Node
 from openvino import opset13 as ops
 
-from ptq4vit_plugin.integrations.openvino_graph import Grid, consumers, grid_of
+from ptq4vit_plugin.integrations.openvino_graph import Grid, consumers, grid_of, int8_weight
 
 
 def fold_zero_points(model: Model) -> None:
@@ -62,24 +62,14 @@ def _weight_sums(taken: Input) -> np.ndarray | None:
     linear = kind == "MatMul" and how["transpose_b"] and not how["transpose_a"]
     plain = kind == "Convolution" and how["auto_pad"] in ("explicit", "valid")
     unpadded = plain and not any((*how["pads_begin"], *how["pads_end"]))
-    weight = _weight(product.input_value(1).get_node())
+    weight = int8_weight(product.input_value(1).get_node())
     if taken.get_index() != 0 or not (linear or unpadded) or weight is None:
         return None
-    sums = weight.reshape(len(weight), -1).sum(1)
+    codes, scale = weight
+    sums = (codes.astype(np.float64) * scale).reshape(len(codes), -1).sum(1)
     rank = product.get_output_partial_shape(0).rank.get_length()
     channel = rank - 1 if linear else 1
     return np.expand_dims(sums, [d for d in range(rank) if d != channel])
-
-
-def _weight(node: Node) -> np.ndarray | None:
-    """Codes of int8 times their scale, in float64; None for anything else."""
-    if node.get_type_name() != "Multiply":
-        return None
-    convert, scale = (node.input_value(port).get_node() for port in (0, 1))
-    codes = convert.input_value(0).get_node() if convert.get_type_name() == "Convert" else convert
-    if any(known.get_type_name() != "Constant" for known in (codes, scale)):
-        return None
-    return codes.get_data().astype(np.float64) * scale.get_data()
 
 
 def _constant(value: np.ndarray) -> Node:
