@@ -827,6 +827,69 @@ def test_processes_with_different_numbers_of_images_sum_the_same_tensors(images)
     assert summed[0] == summed[1]
 
 
+def class_token(bits, seed, images=16):
+    """A linear of which one row per image carries nearly everything, not all of it."""
+    op, a, b, order = structured("gelu", bits, seed)
+    rows = torch.arange(op.a.shape[2])
+    factor = torch.where(rows % 197 == 0, 1.0, 1e-8)[:, None]
+    op = Gemm(op.a, op.b, op.bias, op.fisher * factor)
+    part = slice(0, 197 * images)
+    return Gemm(op.a[:, :, part], op.b, op.bias, op.fisher[:, :, part]), a, b, order
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_few_rows_of_a_linear_stand_for_all(seed, bits, monkeypatch):
+    op, a, b, order = class_token(bits, seed)
+    losses = Losses(problem.problem_of(op, {"a": a, "b": b}, "hessian", 1), lambda x: x)
+    made = elimination.by_rows(losses, look(losses)[1])
+    assert sum(piece.output.shape[2] for piece in made._pieces) < 0.1 * op.a.shape[2]
+    best = search(op, a, b, order=order, strategy="exhaustive")
+    fast = search(op, a, b, order=order, strategy="fast")
+    assert fast.after == pytest.approx(best.after, rel=1e-5)
+    whole = losses.problem.loss(fast.a_index, fast.b_index, "a", objective.View("head"))
+    assert fast.after == pytest.approx(float(whole.sum()), rel=1e-6)
+    monkeypatch.setattr(problem.Problem, "weighty", lambda *given: None)
+    certain = search(op, a, b, order=order, strategy="fast")
+    assert torch.equal(certain.a_index, best.a_index) and torch.equal(certain.b_index, best.b_index)
+    assert fast.evaluations < certain.evaluations - 1
+
+
+@pytest.mark.parametrize("has_few", [(True, True), (True, False)])
+@pytest.mark.parametrize("images", [(16, 16), (16, 9)])
+def test_processes_search_the_rows_of_a_linear_alike(images, has_few, monkeypatch):
+    op, a, b, _ = class_token(6, seed=3)
+    weighty = problem.Problem.weighty
+
+    def searched(rank, total):
+        """What a process makes, says of its rows and sums, where all say `total` (None: it)."""
+        told, shapes = [], []
+
+        def reduce(x):
+            shapes.append(x.shape)
+            if x.shape != (3,):
+                return x
+            told.append(x)
+            return x if total is None else total
+
+        few = has_few[rank]
+        monkeypatch.setattr(problem.Problem, "weighty", weighty if few else lambda *given: None)
+        part = slice(0, 197 * images[rank])
+        share = Gemm(op.a[:, :, part], op.b, op.bias, op.fisher[:, :, part])
+        losses = Losses(problem.problem_of(share, {"a": a, "b": b}, "hessian", 1), reduce)
+        made = elimination.by_rows(losses, look(losses)[1])
+        made.best("b", 0, False)
+        losses.objective()
+        rows = sum(piece.output.shape[2] for piece in made._pieces)
+        return rows, told[0], (len(made._pieces), shapes)
+
+    total = sum(searched(rank, None)[1] for rank in (0, 1))
+    found = [searched(rank, total) for rank in (0, 1)]
+    assert found[0][2] == found[1][2]
+    for count, (rows, _, _) in zip(images, found, strict=True):
+        assert rows < 20 * count if all(has_few) else rows == 197 * count
+
+
 def test_draw_takes_certain_items_once():
     importance = torch.tensor([[0.0, 1e6, 1.0, 1.0, 0.0, 2.0, 1e6, 1.0]])
     index, factor = sampling.draw(importance, 4)
@@ -834,19 +897,47 @@ def test_draw_takes_certain_items_once():
     assert factor.min() == 1 and torch.isfinite(factor).all()
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("error", [0.3, 0.03, 0.003])
-def test_no_fewer_rows_are_enough(error):
+def test_no_fewer_rows_are_enough(error, groups):
     g = torch.Generator().manual_seed(2)
-    size = torch.exp(2 * normal(g, 4, 3, 50)).double()
-    size /= size.sum((1, 2), keepdim=True)
-    sorted_ = size.sort(-1, descending=True).values
-    fewest = min(
-        certain + math.ceil((sorted_[..., certain:].sum(-1) ** 2).sum(1).max() / error**2)
-        for certain in range(50)
-    )
+    size = torch.exp(2 * normal(g, 4, groups, 3, 50)).double()
+    size /= size.sum((2, 3), keepdim=True)
+
+    def variance(certain):
+        """Of one item that is drawn of the rest, summed over the samples, of the worst group."""
+        worst = 0.0
+        for shared in size:  # [G, P, n]
+            mean = shared.mean(0)
+            rest = mean.argsort(1, descending=True)[:, certain:]
+            for group in shared:
+                of_samples = (
+                    (group[p, i] ** 2 / mean[p, i]).sum() * mean[p, i].sum()
+                    for p, i in enumerate(rest)
+                )
+                worst = max(worst, float(sum(of_samples)))
+        return worst
+
+    fewest = min(certain + math.ceil(variance(certain) / error**2) for certain in range(50))
     certain, more = sampling.enough(size, error)
     assert certain + more == fewest
-    assert (sorted_[..., certain:].sum(-1) ** 2).sum(1).max() <= more * error**2
+    assert variance(certain) <= more * error**2
+
+
+def test_a_sample_that_groups_share_is_as_exact_as_it_says():
+    g = torch.Generator().manual_seed(3)
+    size = torch.exp(2 * normal(g, 1, 4, 1, 400)).double()
+    size /= size.sum(3, keepdim=True)
+    drawn = size[0, :, 0].mean(0)
+    certain, more = sampling.enough(size, 0.05)
+    order = drawn.argsort(descending=True)
+    sums = size[0, :, 0, order[:certain]].sum(1, keepdim=True)
+    rest = order[certain:]
+    draws = torch.multinomial(drawn[rest], 4000 * more, replacement=True, generator=g)
+    draws = rest[draws].view(4000, more)
+    sums = sums + (size[0, :, 0, draws] / drawn[draws]).mean(2) * drawn[rest].sum()
+    errors = (sums - 1).square().mean(1).sqrt()
+    assert errors.max() <= 0.05 * 1.05 and more > 1
 
 
 def test_largest_items_are_taken_once_and_count_once():
@@ -860,9 +951,9 @@ def test_largest_items_are_taken_once_and_count_once():
 
 def test_nothing_is_drawn_where_the_largest_are_everything():
     size = torch.tensor([[1e-14, 1.0, 1e-14, 2.0]]).double()
-    assert sampling.enough(size[None] / size.sum(), 1e-3) == (2, 0)
+    assert sampling.enough(size[None, None] / size.sum(), 1e-3) == (2, 0)
     index, factor = sampling.largest_and(size, 2, 0)
-    assert index.tolist() == [[1, 3]] and factor.tolist() == [[1, 1]]
+    assert index.tolist() == [[3, 1]] and factor.tolist() == [[1, 1]]
 
 
 def test_rows_that_carry_the_gradient_stand_for_all():

@@ -1,15 +1,18 @@
-"""The best candidate of every group for certain, without evaluating them all on all rows.
+"""The best candidate of every group, without evaluating them all on all rows.
 
 Losses of rows add up and are never negative, so what a candidate has lost on some rows is a lower
 bound of its loss. The rows come in pieces, those first on which most is lost. After every piece the
 leader of each group is evaluated on the rest; a candidate that has already lost more than the best
 of these is out. What remains after the last piece has been evaluated on everything.
 
-Where few rows carry nearly everything (often a class token's), most candidates are out early. In a
-product of attention these rows are quickly multiplied, but each candidate of the other operand has
-to be quantized, all rows of it; there the pieces are images (`by_images`).
+Where few rows carry nearly everything (often a class token's), most candidates are out early. If
+they carry so much that with a sample of the others they tell every loss to `SURE`, only these rows
+come; otherwise all do, and the best candidate is the best for certain. In a product of attention
+these rows are quickly multiplied, but each candidate of the other operand has to be quantized, all
+rows of it; there the pieces are images (`by_images`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,8 +22,8 @@ from ptq4vit_plugin.algorithms.search.losses import Losses
 from ptq4vit_plugin.algorithms.search.problem import Problem
 from ptq4vit_plugin.algorithms.search.sampling import shares
 
-#: Number of pieces; each ends at the same multiple of the rows where the one before ends.
-PIECES = 7
+#: Each piece ends at about this multiple of the rows where the one before ends.
+GROWTH = 2.15
 #: The first piece's share of the rows, and its rows at least: with fewer, quantizing a weight costs
 #: more than multiplying by it.
 SHARE, FIRST = 1 / 128, 64
@@ -35,6 +38,8 @@ AHEAD = 0.1
 #: operand stood at its start scale that is not enough: even 64 put objectives of a ViT-S at 4 bits
 #: 0.2 % higher.)
 HOPELESS = 16.0
+#: Relative standard error up to which some rows stand for all.
+SURE = 5e-5
 #: Relative difference of losses that float32 sums may have by themselves.
 ROUNDING = 1e-5
 
@@ -107,7 +112,8 @@ class Elimination:
 def by_rows(losses: Losses, parts: Sequence[Tensor]) -> Elimination | None:
     """Elimination for an op with one batch entry if few of its rows carry nearly everything.
 
-    The rows are sorted in `losses`. Processes decide alike.
+    On these and a sample of the others, if all processes have that, or else on all rows, which are
+    sorted in `losses` then. Processes decide alike.
 
     Parameters
     ----------
@@ -120,9 +126,15 @@ def by_rows(losses: Losses, parts: Sequence[Tensor]) -> Elimination | None:
     refused = float(len(size) < 2 * FIRST or share_ahead(size) > AHEAD)
     if losses.reduce(torch.tensor(refused, device=size.device)) > 0:
         return None
-    problem = losses.problem = losses.problem.of_rows(size.argsort(descending=True))
-    slices = pieces(len(size), max(FIRST, len(size) * SHARE), PIECES)
-    return Elimination(losses, problem, [problem.of_rows(part) for part in slices])
+    few = losses.problem.weighty(parts, SURE, 2 * FIRST)
+    told = [float(len(size) if few is None else few.output.shape[2]), float(few is None), 1.0]
+    total, without, processes = losses.reduce(torch.tensor(told, device=size.device)).tolist()
+    if few is None or without:
+        few = losses.problem = losses.problem.of_rows(size.argsort(descending=True))
+    mean, rows = total / processes, few.output.shape[2]
+    number = 1 + max(1, round(math.log(mean / max(FIRST, mean * SHARE), GROWTH)))
+    slices = pieces(rows, max(FIRST, rows * SHARE), number)
+    return Elimination(losses, few, [few.of_rows(part) for part in slices])
 
 
 def by_images(losses: Losses, problem: Problem, parts: Sequence[Tensor]) -> Elimination | None:

@@ -274,20 +274,27 @@ class Problem:
             weight = weight[0, 0][chosen[..., None], column][None]
         return self._sampled(a, self.b, output, weight, factor[..., None], blocks)
 
-    def weighty(self, rows_loss: Sequence[Tensor], error: float) -> "Problem | None":
-        """The rows that carry nearly everything and a sample of the others (batched ops).
+    def weighty(
+        self, rows_loss: Sequence[Tensor], error: float, least: int = 0
+    ) -> "Problem | None":
+        """The rows that carry nearly everything and a sample of the others, behind them.
 
-        As many rows of every image and head: enough to tell the loss of every head within `error`,
-        relative (error metrics). None if those are most rows.
+        As many rows of every image and head, `least` of them at least: enough to tell the loss of
+        every head, with one batch entry of every block of columns too, within `error`, relative
+        (error metrics). None if those are most rows.
         """
-        parts = [x.sum(3).transpose(0, 1) for x in rows_loss]  # [H,B,N]
-        size = shares([x.flatten(1) for x in parts]).view_as(parts[0])
+        if self.output.shape[0] > 1:
+            rows_loss = [x.sum(3, keepdim=True) for x in rows_loss]
+        parts = [x.permute(1, 3, 0, 2) for x in rows_loss]  # [H,G,B,N]
+        size = shares([x.flatten(2).flatten(0, 1) for x in parts]).view_as(parts[0])
         certain, more = enough(size, error)
-        if certain + more > MOST * size.shape[2]:
+        more = max(more, least - certain)
+        if certain + more > MOST * size.shape[3]:
             return None
+        drawn = size.mean(1)
         index, factor = (
-            x.view(*size.shape[:2], -1).transpose(0, 1)[..., None]
-            for x in largest_and(size.flatten(0, 1), certain, more)
+            x.view(*drawn.shape[:2], -1).transpose(0, 1)[..., None]
+            for x in largest_and(drawn.flatten(0, 1), certain, more)
         )
         a, output = picked(self.a, index), picked(self.output, index)
         weight = None if self.weight is None else picked(self.weight, index)

@@ -71,29 +71,32 @@ def draw(importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def enough(size: Tensor, error: float) -> tuple[int, int]:
     """How many items to take for certain, the largest first, and how many to draw of the rest.
 
-    With the rest drawn in proportion to size, the variance of a sum is at most the square of what
-    the rest has of it, over the number drawn.
+    With the rest drawn in proportion to their mean size in all groups, the variance of a group's
+    sum is at most ``sum size^2 / mean`` times ``sum mean``, over the number drawn.
 
     Parameters
     ----------
     size
-        ``[G, P, n]``: of G groups that sum to 1 each, P independent samples of n items.
+        ``[H, G, P, n]``: of H sets of G groups that sum to 1 each, P independent samples of n
+        items, which the groups of a set share.
     error
         Relative standard error that every group's sum may have.
     """
-    rest = size.sort(-1).values.double().cumsum(-1).flip(-1)
-    variance = rest.square().sum(1).amax(0)  # [n]: after 0, 1, .. n - 1 certain items
+    drawn, order = size.mean(1, keepdim=True, dtype=torch.float64).sort(-1)
+    squares = size.double().gather(-1, order.expand(size.shape)).square_()
+    squares /= drawn.clamp_min(1e-300)
+    # After 0, 1, .. n - 1 certain items.
+    rest = [x.cumsum(-1).flip(-1) for x in (squares, drawn)]
+    variance = (rest[0] * rest[1]).sum(2).amax((0, 1))
     total = torch.arange(len(variance), device=variance.device) + variance / error**2
     certain = int(total.argmin())
     return certain, math.ceil(float(total[certain])) - certain
 
 
 def largest_and(size: Tensor, certain: int, more: int) -> tuple[Tensor, Tensor]:
-    """The `certain` largest items and a sample of `more` of the rest, as `draw` returns it."""
+    """The `certain` largest items, and behind them a sample of `more` of the rest, as of `draw`."""
     order = size.argsort(1, descending=True)
     largest, rest = order[:, :certain], order[:, certain:].sort(1).values
     chosen, factor = draw(size.gather(1, rest), more)
     index = torch.cat([largest, rest.gather(1, chosen)], 1)
-    factor = torch.cat([torch.ones_like(largest, dtype=factor.dtype), factor], 1)
-    ascending = index.argsort(1)
-    return index.gather(1, ascending), factor.gather(1, ascending)
+    return index, torch.cat([torch.ones_like(largest, dtype=factor.dtype), factor], 1)
