@@ -56,7 +56,7 @@ class Sampled:
     """
 
     def __init__(self, sample: Problem, a_index: Tensor | None) -> None:
-        self.together = max(1, CHUNK // sample.output.numel())
+        self.together = max(1, CHUNK // max(sample.output.numel(), sample.b.numel()))
         self.cost, self.cost_each = 0.0, sample.cost
         self._sample, self._a = sample, sample.fixed("a", a_index)
 
