@@ -6,16 +6,16 @@ interact, so candidate i is evaluated for all of them in one pass.
 
 `exhaustive` evaluates every candidate on all data. `fast` looks first how unevenly the rows matter
 (`rows.py`): by the gradient's energy on them, and by what is lost on them at the start scales and
-at two clipping ones. Where few rows carry nearly everything it searches by elimination, for certain
-(`elimination.py`), otherwise by successive halving on samples (`halving.py`), or by elimination on
-the few rows of a product of attention that stand for all.
+at two clipping ones. Where few rows carry nearly everything it searches by elimination
+(`elimination.py`), on these alone if they stand for all; otherwise by successive halving on samples
+(`halving.py`), or by elimination on the few rows of a product of attention that stand for all.
 
 Exact: rows without gradient are dropped; the fixed operand is quantized once; no pair of choices is
 evaluated twice; an operand is not searched again while the other's choice stands (but after its
 first search, which may have been rough); objectives that are reported are of all rows. Heuristic,
 in `fast` only: a candidate that loses on a sample, or by a matrix that columns share, is dropped,
-survivors are compared up to `SURE`, and elimination leaves out what was hopeless in an earlier
-search (`HOPELESS`).
+survivors are compared, and few rows stand for all, up to `SURE`, and elimination leaves out what
+was hopeless in an earlier search (`HOPELESS`).
 """
 
 from collections.abc import Callable
