@@ -130,12 +130,15 @@ def by_rows(losses: Losses, parts: Sequence[Tensor]) -> Elimination | None:
     few = losses.problem.weighty(parts, SURE, 2 * FIRST)
     told = [float(len(size) if few is None else few.output.shape[2]), float(few is None), 1.0]
     total, without, processes = losses.reduce(torch.tensor(told, device=size.device)).tolist()
-    if few is None or without:
-        few = losses.problem = losses.problem.of_rows(size.argsort(descending=True))
-    mean, rows = total / processes, few.output.shape[2]
+    if few is not None and not without:
+        problem = few
+    else:
+        problem = losses.problem = losses.problem.of_rows(size.argsort(descending=True))
+    mean, rows = total / processes, problem.output.shape[2]
+    # As many pieces in all processes, whatever their own rows.
     number = 1 + max(1, round(math.log(mean / max(FIRST, mean * SHARE), GROWTH)))
     slices = pieces(rows, max(FIRST, rows * SHARE), number)
-    return Elimination(losses, few, [few.of_rows(part) for part in slices])
+    return Elimination(losses, problem, [problem.of_rows(part) for part in slices])
 
 
 def by_images(losses: Losses, problem: Problem, parts: Sequence[Tensor]) -> Elimination | None:
