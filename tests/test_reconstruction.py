@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ptq4vit_plugin as ptq
+from ptq4vit_plugin.algorithms import reconstruct
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.reconstruct import split, without_quantizers
 from ptq4vit_plugin.algorithms.reconstruction.learned import LearnedActivation, LearnedWeight
@@ -181,18 +182,74 @@ def test_weighted_error():
     assert float(weighted_error(output, target, weight)) == pytest.approx(by_hand / 40, rel=1e-4)
 
 
-def test_variations_are_mirror_images_and_mixtures():
+def test_variations_are_crops_with_a_rectangle_of_another():
+    # Every pixel says which image it is of, and where in it: what is made of it can be read off.
+    count, size = 64, 32
+    y, x = torch.meshgrid(torch.arange(float(size)), torch.arange(float(size)), indexing="ij")
+    number = torch.arange(float(count)).view(-1, 1, 1).expand(count, size, size)
+    plain = torch.stack([number, x.expand_as(number), y.expand_as(number)], 1)
+    made = varied(plain, torch.Generator().manual_seed(0))
+    assert made.shape == plain.shape
+    mirrored = torch.zeros(count, dtype=torch.bool)
+    for place, (of, left, top) in enumerate(made):
+        own = of == place
+        rows, columns = (~own).any(1), (~own).any(0)
+        assert torch.equal(~own, rows[:, None] & columns)  # one rectangle, perhaps empty
+        assert of[~own].unique().numel() <= 1
+        if own.double().mean() < 0.5:
+            continue
+        # Inside a crop places are affine in places; at its edges interpolation has no neighbours.
+        inner = own[2:-2, 2:-2]
+        across = left[2:-2, 2:-2].diff(dim=1)[inner[:, 1:] & inner[:, :-1]]
+        down = top[2:-2, 2:-2].diff(dim=0)[inner[1:] & inner[:-1]]
+        torch.testing.assert_close(across, across[:1].expand_as(across), atol=1e-4, rtol=0)
+        torch.testing.assert_close(down, down[:1].expand_as(down), atol=1e-4, rtol=0)
+        width, height = float(across[0].abs()), float(down[0])
+        assert 0 < width <= 1 and 0 < height <= 1
+        # A side is a whole number of pixels, so area and ratio are those drawn up to one each.
+        pixel = 1 / size
+        assert (width + pixel) * (height + pixel) >= 0.5
+        assert (width - pixel) / (height + pixel) <= 1.25 and (width + pixel) / height >= 0.8
+        mirrored[place] = across[0] < 0
+    assert 0 < mirrored.sum() < count
+    assert 0 < (made[:, 0] != number).double().mean() < 1
+
+
+def test_variations_follow_their_generator_and_leave_the_global_one():
     x = images(1, 3)[0]
-    made = varied(x, 40, torch.Generator().manual_seed(0))
-    assert torch.equal(made[:3], x.flip(-1)) and len(made) == 40
-    assert torch.equal(varied(x, 2, torch.Generator()), x.flip(-1)[:2])
-    both = torch.cat([x, x.flip(-1)]).flatten(1)
-    for mixture in made[3:].flatten(1):
-        # Least squares gives back two shares that sum to one (or one image with itself).
-        share = torch.linalg.lstsq(both.T, mixture[:, None]).solution[:, 0]
-        assert share.sum() == pytest.approx(1, abs=1e-3)
-        assert (share.abs() > 1e-3).sum() <= 2 and share.min() > -1e-3
-    assert torch.equal(made, varied(x, 40, torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = varied(x, generator), varied(x, generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(first, second)
+    assert torch.equal(varied(x, torch.Generator().manual_seed(0)), first)
+
+
+def test_the_whole_model_learns_from_new_variations_in_every_step(monkeypatch):
+    drawn = []
+
+    def recorded(x, generator):
+        drawn.append(varied(x, generator))
+        return drawn[-1]
+
+    monkeypatch.setattr(reconstruct, "varied", recorded)
+    config = [SEARCH, {**LEARN, "iterations": 0, "finish": 5}]
+    ptq.quantize(small_vit(1), images(4, 4), config)
+    assert [len(x) for x in drawn] == [6] * 5
+    assert len({float(x.double().sum()) for x in drawn}) == 5
+
+
+def test_what_is_no_image_is_learned_from_as_it_is(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("tokens have no crops")
+
+    monkeypatch.setattr(reconstruct, "varied", refuse)
+    torch.manual_seed(0)
+    tokens = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 5)).eval()
+    data = [torch.randn(4, 9, 12) for _ in range(4)]
+    start = ptq.quantize(tokens, data, SEARCH)
+    result = ptq.quantize(tokens, data, [SEARCH, {**LEARN, "iterations": 0}])
+    assert held_out_error(result, tokens, data) < held_out_error(start, tokens, data)
 
 
 def swin():

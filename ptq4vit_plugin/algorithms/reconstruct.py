@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
 from ptq4vit_plugin.algorithms.gradient import Gradient
@@ -19,15 +19,13 @@ from ptq4vit_plugin.algorithms.reconstruction.variations import varied
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.device import device_of
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.blocks import WHOLE, Block, Call, find_blocks, watch_block
+from ptq4vit_plugin.integrations.nncf.blocks import WHOLE, Block, find_blocks, watch_block
 from ptq4vit_plugin.integrations.nncf.capture import Batch, frozen
 from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
 
 #: One image in so many is held out: it decides what is kept.
 HELD_OUT = 4
-#: Images from which the whole model is learned, variations included, when there are fewer.
-POOL = 512
 
 
 def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -92,8 +90,8 @@ class Reconstruct(CalibratedAlgorithm, Learning):
     output as target; weights in units of their steps, the steps themselves, zero points, biases and
     the factors of norms are learned with straight-through gradients; what is best on images that
     are held out is kept, the start included. Then the whole model is learned in the same way
-    against the float model's outputs. The result is written into the same quantizers and
-    parameters.
+    against the float model's outputs, from other variations of the images in every step. The
+    result is written into the same quantizers and parameters.
     """
 
     def apply(
@@ -132,38 +130,66 @@ class Reconstruct(CalibratedAlgorithm, Learning):
                 exact = [
                     watch_block(teacher, block.name, part, self.gradient) for part in (fit, check)
                 ]
-                self._learn(module, block, [fit, check], exact, self.iterations, self.drop, random)
+                seen = [watch_block(module, block.name, part) for part in (fit, check)]
+                # A block may be one that cannot be called by itself.
+                if None not in (*seen, *exact):
+                    pairs = [Comparison(*pair) for pair in zip(seen, exact, strict=True)]
+                    self._learn_block(module, block, *pairs, random)
                 advance(block.name)
             if self.finish:
                 random = _Random(module, self.seed + len(blocks))
-                # More than are drawn would be of no use.
-                pool = min(POOL, self.finish * self.batch_size)
-                fit = _with_variations(fit, pool, random.host)
                 exact = [watch_block(teacher, WHOLE.name, part) for part in (fit, check)]
-                self._learn(module, WHOLE, [fit, check], exact, self.finish, 0.0, random)
+                if None not in exact:
+                    # The whole model sees the same images, quantized or not.
+                    pairs = [Comparison(call, call) for call in exact]
+                    self._learn_whole(module, teacher, *pairs, random)
             advance("whole model")
+
+    def _learn_block(
+        self, module: nn.Module, block: Block, fit: Comparison, check: Comparison, random: _Random
+    ) -> None:
+        learner = Learner(module, block, random.device)
+        self._learn(
+            learner,
+            lambda images: learner.loss(fit, images, self.drop),
+            fit,
+            check,
+            self.iterations,
+            random,
+        )
+
+    def _learn_whole(
+        self,
+        module: nn.Module,
+        teacher: nn.Module,
+        fit: Comparison,
+        check: Comparison,
+        random: _Random,
+    ) -> None:
+        learner = Learner(module, WHOLE, random.device)
+
+        def loss(images: Tensor) -> Tensor:
+            args, kwargs = fit.exact.of(images.to(fit.exact.output.device))
+            if kwargs or len(args) != 1 or args[0].ndim != 4:  # not images and nothing else
+                return learner.loss(fit, images, 0.0)
+            batch = Batch((varied(args[0], random.host),), {})
+            call = watch_block(teacher, WHOLE.name, [batch])
+            return learner.loss(Comparison(call, call), torch.arange(len(images)), 0.0)
+
+        self._learn(learner, loss, fit, check, self.finish, random)
 
     def _learn(
         self,
-        module: nn.Module,
-        block: Block,
-        parts: Sequence[Sequence[Batch]],
-        exact: Sequence[Call | None],
+        learner: Learner,
+        loss: Callable[[Tensor], Tensor],
+        fit: Comparison,
+        check: Comparison,
         iterations: int,
-        drop: float,
         random: _Random,
     ) -> None:
-        """Learn one block, unless it cannot be called by itself."""
-        # The whole model sees the same images, quantized or not.
-        whole = block == WHOLE
-        seen = exact if whole else [watch_block(module, block.name, part) for part in parts]
-        if None in (*seen, *exact):
-            return
-        fit, check = (Comparison(*pair) for pair in zip(seen, exact, strict=True))
-        learner = Learner(module, block, random.device)
         try:
             outcome = learn(
-                lambda images: learner.loss(fit, images, drop),
+                loss,
                 lambda: learner.error(check, self.batch_size),
                 learner.groups(),
                 len(fit),
@@ -173,7 +199,7 @@ class Reconstruct(CalibratedAlgorithm, Learning):
             )
         finally:
             learner.finish()
-        event("block", name=block.name, before=outcome.before, after=outcome.after)
+        event("block", name=learner.block.name, before=outcome.before, after=outcome.after)
 
 
 class _Random:
@@ -182,17 +208,6 @@ class _Random:
     def __init__(self, module: nn.Module, seed: int) -> None:
         self.host = torch.Generator().manual_seed(seed)
         self.device = torch.Generator(device_of(module)).manual_seed(seed)
-
-
-def _with_variations(data: Sequence[Batch], pool: int, generator: torch.Generator) -> list[Batch]:
-    """The batches, and variations of their images up to `pool` in all, if a batch is images and
-    nothing else."""
-    if any(batch.kwargs or len(batch.args) != 1 or batch.args[0].ndim != 4 for batch in data):
-        return list(data)
-    images = torch.cat([batch.args[0] for batch in data])
-    new = varied(images, max(0, pool - len(images)), generator)
-    size = len(data[0])
-    return [*data, *(Batch((part,), {}) for part in new.split(size) if len(part))]
 
 
 def without_quantizers(module: nn.Module) -> nn.Module:

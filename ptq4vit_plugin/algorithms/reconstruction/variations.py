@@ -1,39 +1,42 @@
-"""More images from few: mirror images and mixtures.
+"""More images from few: random crops, mirror images and images pasted into each other.
 
 The float model says what the right output for any image is, so a variation needs no label and need
-not keep one; it only has to look like what the model sees in use.
+not keep one; it only has to look like what the model sees in use. Drawn anew for every step, they
+keep a model from learning a few dozen images by heart.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
-#: Share of the second image in a mixture, at most.
-SHARE = 0.5
+#: Least share of an image's area that a crop keeps.
+AREA = 0.5
+#: Least and largest ratio of a crop's sides, before it is resized to the image's.
+RATIO = (0.8, 1.25)
 
 
-def varied(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` images: the mirror images, then mixtures of two images each.
+def varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image cropped and perhaps mirrored, then a rectangle of the next one in it (CutMix).
 
     Parameters
     ----------
     images
-        ``[B, C, H, W]``.
+        ``[B, C, H, W]``, as the model takes them.
     generator
-        Draws pairs and shares, on the CPU.
+        Draws crops and rectangles, on the CPU.
 
     Returns
     -------
     Tensor
-        ``[count, C, H, W]``: ``(1 - s) a + s b`` with s uniform between 0 and `SHARE`, a and b any
-        of the images and their mirror images.
+        ``[B, C, H, W]``.
     """
-    both = torch.cat([images, images.flip(-1)])
-    missing = max(0, count - len(images))
-    first, second = (torch.randint(len(both), (missing,), generator=generator) for _ in range(2))
-    share = SHARE * torch.rand(missing, 1, 1, 1, generator=generator)
-    share = share.to(device=images.device, dtype=images.dtype)
-    index = torch.cat([first, second]).to(images.device)
-    mixtures = torch.lerp(both[index[:missing]], both[index[missing:]], share)
-    return torch.cat([both[len(images) :], mixtures])[:count]
+    crop = v2.RandomResizedCrop(images.shape[-2:], scale=(AREA, 1.0), ratio=RATIO)
+    mirror, paste = v2.RandomHorizontalFlip(), v2.CutMix(num_classes=1)
+    # torchvision draws from the global generator only.
+    seed = int(torch.randint(2**31, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        images = torch.stack([mirror(crop(image)) for image in images])
+        return paste(images, torch.zeros(len(images), dtype=torch.long))[0]
