@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py --bench FOLDER --out accuracy.json
     python benchmarks/accuracy.py --bench FOLDER --out accuracy.json --rows ablation --bits 8 4
+    python benchmarks/accuracy.py --bench FOLDER --out accuracy.json --rows recon --bits 4 3
 
 FOLDER has ``data.npz`` (``test_images``, ``calib_images``: uint8 RGB, 32 x 32) and the weights
 ``model.safetensors`` and ``model_outliers.safetensors`` of a DeiT-Tiny of depth 6 with 10 classes
@@ -32,8 +33,10 @@ SEARCH = {
     "full": {},
 }
 PLUS = {"algorithm": "ptq4vit_plus"}
+RECON = {"algorithm": "ptq4vit_recon"}
 ROWS = {
     "main": {"ptq4vit": {"algorithm": "ptq4vit"}, "ptq4vit_plus": PLUS},
+    "recon": {"ptq4vit_plus": PLUS, "ptq4vit_recon": RECON},
     "ablation": {
         "without norm folds": {**PLUS, "fold": {"norms": False}},
         "without attention folds": {**PLUS, "fold": {"attention": False}},
