@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4vit_plugin.integrations.onnx_functions import OPSET
-from ptq4vit_plugin.integrations.openvino import EXACT
+from ptq4vit_plugin.integrations.openvino.ir import EXACT
 from ptq4vit_plugin.integrations.qdq import QDQGrid
 from ptq4vit_plugin.quantizers.branches import Branch
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ptq4vit_plugin.integrations.onnx import FLOAT, INTEGER
 from ptq4vit_plugin.integrations.onnx_functions import OPSET
-from ptq4vit_plugin.integrations.openvino import EXACT, PRODUCTS
+from ptq4vit_plugin.integrations.openvino.ir import EXACT, PRODUCTS
 
 HEADS, CHANNELS = 3, 32
 SIGNED, UNSIGNED = (-128, 127), (0, 255)

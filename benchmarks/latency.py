@@ -37,7 +37,7 @@ from trained import Trained
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
-from ptq4vit_plugin.integrations.openvino import in_float
+from ptq4vit_plugin.integrations.openvino.ir import in_float
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.record import record_of
 

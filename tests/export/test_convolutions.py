@@ -8,12 +8,12 @@ from torch.nn import functional as F
 openvino = pytest.importorskip("openvino")
 
 from ptq4vit_plugin.integrations.device import adds_int8_pairs  # noqa: E402
-from ptq4vit_plugin.integrations.openvino import EXACT, IN_FLOAT, _both_ways  # noqa: E402
-from ptq4vit_plugin.integrations.openvino_convolutions import (  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.convolutions import (  # noqa: E402
     rewrite_convolutions,
     wrong_convolutions,
 )
-from ptq4vit_plugin.integrations.openvino_heads import keep_apart  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.heads import keep_apart  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.ir import EXACT, IN_FLOAT, _both_ways  # noqa: E402
 
 STEP = 0.02
 

@@ -8,8 +8,8 @@ openvino = pytest.importorskip("openvino")
 
 import ptq4vit_plugin as ptq  # noqa: E402
 from ptq4vit_plugin.integrations import openvino as exporter  # noqa: E402
-from ptq4vit_plugin.integrations.openvino import IN_FLOAT, OpenVINOExporter  # noqa: E402
-from ptq4vit_plugin.integrations.openvino_placement import place_quantizers  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.ir import IN_FLOAT, OpenVINOExporter  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.placement import place_quantizers  # noqa: E402
 
 TOKENS, HEADS, WIDTH = 5, 2, 4
 SIGNED = (-128, 127)

@@ -7,8 +7,8 @@ import torch
 openvino = pytest.importorskip("openvino")
 
 import ptq4vit_plugin as ptq  # noqa: E402
-from ptq4vit_plugin.integrations.openvino import IN_FLOAT, OpenVINOExporter  # noqa: E402
-from ptq4vit_plugin.integrations.openvino_zero_points import fold_zero_points  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.ir import IN_FLOAT, OpenVINOExporter  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.zero_points import fold_zero_points  # noqa: E402
 
 SCALE, ZERO = 0.02, 90
 

@@ -14,7 +14,7 @@ import numpy as np
 from openvino import Model, Node, Output
 from openvino import opset13 as ops
 
-from ptq4vit_plugin.integrations.openvino_graph import (
+from ptq4vit_plugin.integrations.openvino.graph import (
     Grid,
     grid_of,
     int8_weight,

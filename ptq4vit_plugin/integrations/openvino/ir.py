@@ -18,13 +18,13 @@ from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.integrations.device import adds_int8_pairs, device_of
 from ptq4vit_plugin.integrations.lowering import QuantizedOp
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
-from ptq4vit_plugin.integrations.openvino_convolutions import (
+from ptq4vit_plugin.integrations.openvino.convolutions import (
     rewrite_convolutions,
     wrong_convolutions,
 )
-from ptq4vit_plugin.integrations.openvino_heads import keep_apart
-from ptq4vit_plugin.integrations.openvino_placement import place_quantizers
-from ptq4vit_plugin.integrations.openvino_zero_points import fold_zero_points
+from ptq4vit_plugin.integrations.openvino.heads import keep_apart
+from ptq4vit_plugin.integrations.openvino.placement import place_quantizers
+from ptq4vit_plugin.integrations.openvino.zero_points import fold_zero_points
 from ptq4vit_plugin.integrations.qdq import qdq_model
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
 from ptq4vit_plugin.sealing import BLANK, check_seal, seal

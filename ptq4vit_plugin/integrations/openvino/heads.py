@@ -11,7 +11,7 @@ import numpy as np
 from openvino import Model
 from openvino import opset13 as ops
 
-from ptq4vit_plugin.integrations.openvino_graph import consumers, grid_of, replace, shape
+from ptq4vit_plugin.integrations.openvino.graph import consumers, grid_of, replace, shape
 
 #: Dimensions of a product per head: images, heads, rows, columns.
 DIMENSIONS = 4

@@ -12,7 +12,7 @@ import numpy as np
 from openvino import Input, Model, Node
 from openvino import opset13 as ops
 
-from ptq4vit_plugin.integrations.openvino_graph import Grid, consumers, grid_of, int8_weight
+from ptq4vit_plugin.integrations.openvino.graph import Grid, consumers, grid_of, int8_weight
 
 
 def fold_zero_points(model: Model) -> None:
