@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -206,6 +207,29 @@ def test_class_map_gives_the_models_order(photos):
         open_dataset(config, "val", small_model(num_classes=3))
 
 
+@pytest.mark.parametrize("source", ["folder", "torch/folder"])
+def test_a_class_map_lists_all_classes_of_the_model(photos, source):
+    (photos / "classes.txt").write_text("dog\nfish\nbird\ncat\n")
+    config = section(source, photos, class_map="classes.txt")
+    dataset = open_dataset(config, "val", small_model(num_classes=10))
+    with pytest.raises(DataError, match="class_map lists 4 classes and the model has 10"):
+        loader(dataset)
+    assert calibration_images(dataset, 4).get_length() == 1
+
+
+def test_a_class_map_of_wnids_wins_over_imagenets_order(tmp_path):
+    wnids = imagenet_wnids(1000)[::-1]
+    for wnid in wnids[:2]:
+        write_image(tmp_path / "val" / wnid / "a.png", 0)
+    (tmp_path / "classes.txt").write_text("\n".join(wnids))
+    config = section("folder", tmp_path, class_map="classes.txt")
+    dataset = open_dataset(config, "val", small_model(num_classes=1000))
+    found = {
+        name.split("/")[0]: label for name, (_, label) in zip(dataset.names, dataset, strict=True)
+    }
+    assert found == {wnids[0]: 0, wnids[1]: 1}
+
+
 def test_flat_folder_with_a_label_file(tmp_path):
     for number in range(3):
         write_image(tmp_path / "val" / f"{number}.png", number)
@@ -221,6 +245,21 @@ def test_flat_folder_with_a_label_file(tmp_path):
     flat = open_dataset(section("folder", tmp_path), "val", small_model())
     with pytest.raises(DataError, match="no class folders"):
         loader(flat)
+
+
+def test_class_names_of_a_label_file_have_the_order_of_class_folders(tmp_path):
+    names = ["class1", "class01", "class2", "class10"]  # timm has no order for the first two
+    for name in names:
+        write_image(tmp_path / "folders" / name / "a.png", 0)
+        write_image(tmp_path / "flat" / f"{name}.png", 0)
+    (tmp_path / "labels.txt").write_text("".join(f"{name}.png {name}\n" for name in names))
+    for split, options in (("folders", {}), ("flat", {"labels": "labels.txt"})):
+        config = section("folder", tmp_path, **options)
+        dataset = open_dataset(config, split, small_model(num_classes=4))
+        labels = {
+            re.search(r"\d+", n)[0]: y for n, (_, y) in zip(dataset.names, dataset, strict=True)
+        }
+        assert labels == {"01": 0, "1": 1, "2": 2, "10": 3}
 
 
 def test_missing_root_and_empty_folder(tmp_path):
@@ -457,6 +496,54 @@ def test_what_is_wrong_with_shards(shards):
         open_dataset(section("wds/", shards), "train", model)
 
 
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": {"files": ["a.tar"]}}, r"splits\.train\.filenames: Field required"),
+        (["train"], r"splits: .*there is \['train'\]"),
+        (
+            {"train": {"filenames": "a.tar"}},
+            r"splits\.train\.filenames: .*there is 'a\.tar'; .*a list",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_description_of_shards(shards, splits, message):
+    (shards / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DataError, match=rf"_info\.json: {message}"):
+        open_dataset(section("wds/", shards), "train", small_model())
+
+
+def test_shards_without_labels_calibrate(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for number in range(4):
+            add(tar, f"{number}.png", encoded(20 * number))
+    for options, member in (({}, "cls"), ({"target_key": "label"}, "json")):
+        dataset = open_dataset(section("wds/", tmp_path, **options), "train", small_model())
+        ((images, labels),) = calibration_images(dataset, 4).get_data()
+        assert len(images) == 4 and labels.tolist() == [-1] * 4
+        with pytest.raises(DataError, match=rf"train\.tar:0 has no \.{member} member"):
+            loader(dataset)
+
+
+@pytest.mark.parametrize(
+    ("member", "data", "message"),
+    [
+        ("cls", b"cat", r"0\.cls is b'cat'; allowed: a class index$"),
+        ("json", b'{"labl": 1}', r"0\.json is .*labl.*; allowed: a class index as 'label'"),
+        ("json", b"{", r"0\.json is b'\{'; allowed"),
+        ("json", b"[1]", r"0\.json is b'\[1\]'; allowed"),
+    ],
+)
+def test_a_label_that_is_none_is_no_unreadable_image(tmp_path, member, data, message):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "0.png", encoded(0))
+        add(tar, f"0.{member}", data)
+    options = {"target_key": "label"} if member == "json" else {}
+    dataset = open_dataset(section("wds/", tmp_path, **options), "train", small_model())
+    with pytest.raises(DataError, match=message):
+        list(loader(dataset, skip_unreadable=1))
+
+
 def test_corrupt_images_of_a_shard_are_named_and_the_subset_does_not_depend_on_order(tmp_path):
     numbers = list(range(10))
     for name, order in (("a", numbers), ("b", numbers[::-1])):
@@ -590,6 +677,8 @@ def test_a_folder_of_arrays_is_read_by_split(tmp_path):
         (np.zeros((2, 8, 8, 3), np.uint8), np.zeros(3, int), r"\[3\]; allowed: integers \[2\]"),
         (np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2), "float64"),
         (np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int), "no images"),
+        (np.zeros((2, 0, 8, 3), np.uint8), np.zeros(2, int), r"\[2, 0, 8, 3\]; allowed: .*pixel"),
+        (np.zeros((2, 0, 0), np.uint8), np.zeros(2, int), r"\[2, 0, 0\]; allowed: .*pixel"),
     ],
 )
 def test_arrays_of_wrong_shape_or_type(tmp_path, images, labels, message):
@@ -608,6 +697,20 @@ def test_unreadable_array_files(tmp_path):
     for name in ("cut.npz", "text.safetensors", "array.npy", "pickle.npz"):
         with pytest.raises(DataError, match=name):
             npz(section("npz", tmp_path / name), "val", None)
+
+
+@pytest.mark.parametrize("damage", ["data", "method"])
+def test_damaged_compression(tmp_path, damage):
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((9, 9, 9, 3), np.uint8))
+    whole = bytearray((tmp_path / "a.npz").read_bytes())
+    if damage == "data":  # zlib.error: a block of the third type, which there is not
+        name, extra = struct.unpack("<2H", whole[26:30])
+        whole[30 + name + extra] = 0xFF
+    else:  # NotImplementedError: a compression method that zipfile does not know
+        whole[whole.rindex(b"PK\x01\x02") + 10] = 99
+    (tmp_path / "a.npz").write_bytes(whole)
+    with pytest.raises(DataError, match=r"a\.npz is not a readable \.npz .*compress"):
+        npz(section("npz", tmp_path / "a.npz"), "val", None)
 
 
 @pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "infinite")])
@@ -670,6 +773,13 @@ def test_evaluation_subset_and_batch_size():
     assert batches.images == 6 and [len(labels) for _, labels in batches] == [4, 2]
     with pytest.raises(DataError, match="batch_size 0"):
         loader(Listed([0]), 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_numpy_does_not_take(seed):
+    with pytest.raises(DataError, match=f"seed {seed}; allowed: 0 to 4294967295"):
+        calibration_images(Listed([0]), 1, seed)
+    assert selection(Listed([0]), 1, 2**32 - 1) == [0]
 
 
 def test_images_of_different_shape_are_named():

@@ -6,9 +6,10 @@ are the further arguments; ``transform`` turns a PIL image into the model's inpu
 slash in ``config.source`` is the source's own: ``hfds/<name>`` is the source ``hfds``.
 
 It returns a map-style data set of ``(image, label)``: float32 ``[C, H, W]`` ready for the model,
-and an int, -1 for an unknown label. Two attributes are optional: ``names``, what to call each image
-in messages and what subsets are drawn from after sorting, and ``classes``, the class names in the
-order of the labels. An image that cannot be decoded raises `UnreadableImage`.
+and an int, -1 for an unknown label. Three attributes are optional: ``names``, what to call each
+image in messages and what subsets are drawn from after sorting; ``classes``, the class names in the
+order of the labels; and ``class_map``, the model's class names in order, when an option tells them.
+An image that cannot be decoded raises `UnreadableImage`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ptq4vit_plugin import registry
 from ptq4vit_plugin.data.batches import Loader, calibration_images, loader, selection
 from ptq4vit_plugin.data.images import Images, Transform, UnreadableImage, check_images
 from ptq4vit_plugin.data.labels import Relabelled, class_indices
+from ptq4vit_plugin.data.options import checked_options
 from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations.timm.images import image_transform
 
@@ -41,24 +43,28 @@ __all__ = [
 def open_dataset(config: Any, split: str, model: nn.Module) -> Dataset:
     """Open a split of the config's ``data`` section as inputs and labels of `model`.
 
-    Labels become the model's class indices: by wnid when all classes are wnids and the model is an
-    ImageNet classifier, so that a subset of ImageNet has the right labels; unchanged when there are
-    as many classes as the model has.
+    Labels become the model's class indices: by the source's class map if it has one; by wnid when
+    all classes are wnids and the model is an ImageNet classifier, so that a subset of ImageNet has
+    the right labels; unchanged when there are as many classes as the model has.
 
     Raises
     ------
     DataError
-        Nothing there, not readable, empty. Labels that do not fit the model are no error before
-        they are used (`loader`, `evaluate`): calibration does without.
+        Nothing there, not readable, empty, or an option of a wrong type. Labels that do not fit the
+        model are no error before they are used (`loader`, `evaluate`): calibration does without.
     RegistryError
         The source is not registered.
     """
     source = registry.load("datasets", registry.source_name(config.source))
-    dataset = source(config, split, image_transform(model), **config.options)
+    options = checked_options(source, config.options)
+    dataset = source(config, split, image_transform(model), **options)
     if len(dataset) == 0:
         raise DataError(f"data source '{config.source}' has no images in split '{split}'")
     classes = getattr(dataset, "classes", None)
+    class_map = getattr(dataset, "class_map", None)
     num_classes = getattr(model, "num_classes", None)
-    if classes is None or num_classes is None or getattr(dataset, "label_problem", None):
+    if classes is None or (num_classes is None and class_map is None):
         return dataset
-    return Relabelled(dataset, *class_indices(classes, num_classes))
+    if getattr(dataset, "label_problem", None):
+        return dataset
+    return Relabelled(dataset, *class_indices(classes, num_classes, class_map))

@@ -26,8 +26,10 @@ def selection(dataset: Dataset, samples: int | None, seed: int) -> list[int]:
     Raises
     ------
     DataError
-        Fewer images than asked for, or none asked for.
+        Fewer images than asked for, or none asked for; a seed that numpy does not take.
     """
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed {seed}; allowed: 0 to {2**32 - 1}")
     total = len(dataset)
     if samples is not None and not 0 < samples <= total:
         raise DataError(f"{samples} samples asked for; allowed: 1 to {total}, the images there are")
@@ -144,7 +146,9 @@ def loader(
     """
     problem = getattr(dataset, "label_problem", None)
     if problem:
-        raise DataError(f"no labels to evaluate with: {problem}")
+        raise DataError(
+            f"no labels to evaluate with: {problem}; data.evaluation: null quantizes without"
+        )
     indices = range(len(dataset))
     if samples is not None:
         indices = sorted(selection(dataset, samples, seed))

@@ -50,6 +50,8 @@ class Images(Dataset):
         From PIL image to tensor.
     classes
         Class names in the order of the labels, or None when the labels already are the model's.
+    class_map
+        The model's class names in order, when an option tells them.
     label_problem
         Why the labels cannot be used with the model, or None.
     """
@@ -58,6 +60,7 @@ class Images(Dataset):
     names: Sequence[str]
     transform: Transform
     classes: Sequence[str] | None = None
+    class_map: Sequence[str] | None = None
     label_problem: str | None = None
 
     def __len__(self) -> int:
@@ -72,7 +75,12 @@ class Images(Dataset):
             cause = one_line(error) or type(error).__name__
             raise UnreadableImage(self.names[index], cause) from error
         ready = image if isinstance(image, Tensor) else self.transform(image)
-        return ready, -1 if label is None else int(label)
+        try:
+            return ready, -1 if label is None else int(label)
+        except (TypeError, ValueError) as error:  # a column of text, or of several labels
+            raise DataError(
+                f"label of image {self.names[index]} is {repr(label)[:60]}; allowed: an integer"
+            ) from error
 
 
 def names_of(dataset: Dataset) -> Sequence[str]:

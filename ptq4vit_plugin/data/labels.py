@@ -44,11 +44,13 @@ class Relabelled(Dataset):
         return image, self._table[label] if label >= 0 else label
 
 
-def class_indices(classes: Sequence[str], num_classes: int) -> tuple[list[int], str | None]:
+def class_indices(
+    classes: Sequence[str], num_classes: int | None, class_map: Sequence[str] | None = None
+) -> tuple[list[int], str | None]:
     """Return the model's class index of each class, and why there is none.
 
-    By wnid when all classes are wnids and the model is an ImageNet classifier; unchanged when there
-    are as many classes as the model has.
+    By the class map if there is one; by wnid when all classes are wnids and the model is an
+    ImageNet classifier; unchanged when there are as many classes as the model has.
 
     Returns
     -------
@@ -57,6 +59,15 @@ def class_indices(classes: Sequence[str], num_classes: int) -> tuple[list[int], 
     problem
         What is wrong with the classes that have none; None when nothing is.
     """
+    if class_map is not None:
+        index_of = {name: index for index, name in enumerate(class_map)}
+        problem = (
+            None
+            if num_classes in (None, len(class_map))
+            else f"data.options.class_map lists {len(class_map)} classes and the model has "
+            f"{num_classes}; allowed: all the model's class names in order, one per line"
+        )
+        return [index_of[name] for name in classes], problem
     wnids = imagenet_wnids(num_classes)
     if wnids is not None and all(WNID.fullmatch(name) for name in classes):
         index_of = {wnid: index for index, wnid in enumerate(wnids)}

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
 from ptq4vit_plugin.errors import DataError, nearest, one_line
-from ptq4vit_plugin.integrations.timm.images import SPLITS
+from ptq4vit_plugin.integrations.timm.images import SPLITS, decoded
 
 INFO = ("_info.json", "info.json")
 END = 1024  # zero bytes that end a tar file
@@ -61,16 +62,14 @@ class Shards:
     ----------
     names
         ``<shard>:<key>`` of each image.
-    classes
-        None: labels are class indices.
+    label_problem
+        Which sample has no label, or None.
 
     Raises
     ------
     DataError
         No such split, no such shard, or a shard that is not an uncompressed tar file.
     """
-
-    classes = None
 
     def __init__(
         self, root: Path, split: str, image_keys: Sequence[str], target_key: str | None = None
@@ -85,22 +84,32 @@ class Shards:
             if any(key in sample.members for key in image_keys)
         ]
         self.names = [f"{sample.shard.name}:{sample.key}" for sample in self._samples]
+        self._member = "cls" if self._target_key is None else "json"
+        samples = zip(self.names, self._samples, strict=True)
+        bare = next((name for name, sample in samples if self._member not in sample.members), None)
+        self.label_problem = bare and f"{bare} has no .{self._member} member"
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
-        """Decode one image; raises whatever its decoder raises."""
+        """Decode one image; raises whatever its decoder raises, `DataError` for a bad label."""
         sample = self._samples[index]
         key = next(key for key in self._image_keys if key in sample.members)
-        with Image.open(io.BytesIO(sample.read(key))) as image:
-            image.load()
-            return image, self._label(sample)
+        return decoded(io.BytesIO(sample.read(key))), self._label(index)
 
-    def _label(self, sample: Sample) -> int | None:
-        if self._target_key is not None:
-            return int(json.loads(sample.read("json"))[self._target_key])
-        return int(sample.read("cls")) if "cls" in sample.members else None
+    def _label(self, index: int) -> int | None:
+        if self._member not in self._samples[index].members:
+            return None  # which calibration does without
+        label = self._samples[index].read(self._member)
+        key = self._target_key
+        try:
+            return int(label if key is None else json.loads(label)[key])
+        except (ValueError, LookupError, TypeError) as error:
+            wanted = "a class index" if key is None else f"a class index as '{key}'"
+            raise DataError(
+                f"{self.names[index]}.{self._member} is {label[:60]!r}; allowed: {wanted}"
+            ) from error
 
 
 def indexed(shard: Path) -> list[Sample]:
@@ -148,8 +157,8 @@ def split_files(root: Path, split: str) -> tuple[list[Path], str | None]:
         return files, None
     splits = _described(root)
     if split in splits:
-        files = [root / name for name in splits[split]["filenames"]]
-        return files, splits[split].get("alt_label") or None
+        files = [root / name for name in splits[split].filenames]
+        return files, splits[split].alt_label or None
     synonyms = {split}.union(*(group for group in SPLITS if split in group))
     there = sorted(root.glob("*.tar"))
     files = [file for file in there if synonyms.intersection(re.split(r"[-_.]", file.name))]
@@ -177,12 +186,29 @@ def expanded(pattern: str) -> list[str]:
     ]
 
 
-def _described(root: Path) -> dict[str, dict]:
+class _Split(BaseModel):
+    filenames: list[str]
+    alt_label: str | None = None
+
+
+class _Info(BaseModel):
+    splits: dict[str, _Split] = {}
+
+
+def _described(root: Path) -> dict[str, _Split]:
     """The splits that a folder's ``_info.json`` tells."""
-    for name in INFO:
-        if (root / name).is_file():
+    for file in (root / name for name in INFO):
+        if file.is_file():
             try:
-                return json.loads((root / name).read_text(encoding="utf-8")).get("splits", {})
-            except (OSError, ValueError, AttributeError) as error:
-                raise DataError(f"{root / name} cannot be read: {one_line(error)}") from error
+                return _Info.model_validate_json(file.read_text(encoding="utf-8")).splits
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = ".".join(map(str, problem["loc"])) or "the file"
+                raise DataError(
+                    f"{file}: {where}: {problem['msg']}, but there is "
+                    f"{repr(problem['input'])[:60]}; allowed: 'splits', each with 'filenames', a "
+                    "list of shards"
+                ) from error
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{file} cannot be read: {one_line(error)}") from error
     return {}

@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
 from ptq4vit_plugin.data.images import Images, Transform, numbered
-from ptq4vit_plugin.data.sources.root import existing_root
+from ptq4vit_plugin.data.sources.root import data_name, existing_root
 from ptq4vit_plugin.errors import DataError, nearest, one_line
 
 
@@ -38,6 +36,7 @@ def npz(
         Names of the arrays; ``{split}`` stands for the split. Without them: ``{split}_images`` and
         ``{split}_labels`` when the file has them, else ``images`` and ``labels``.
     """
+    data_name(config, wanted=False)
     path = existing_root(config)
     if path.is_dir():
         candidates = [path / f"{split}.npz", path / f"{split}.safetensors"]
@@ -78,7 +77,7 @@ def _arrays(path: Path) -> Mapping[str, np.ndarray]:
             raise ValueError("it is one .npy array, without names")
         with file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
+    except Exception as error:  # OSError, BadZipFile, zlib.error, NotImplementedError, ...
         raise DataError(
             f"{path} is not a readable .npz or .safetensors file: {one_line(error)}"
         ) from error
@@ -103,6 +102,8 @@ def _check_pixels(pixels: np.ndarray, what: str) -> None:
             f"{what} is {pixels.dtype} {list(pixels.shape)}; allowed: uint8 [N, H, W, C] or "
             "[N, H, W], or float [N, C, H, W]"
         )
+    if 0 in pixels.shape[1:]:
+        raise DataError(f"{what} is {list(pixels.shape)}; allowed: images of one pixel or more")
 
 
 def _array_name(

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from ptq4vit_plugin.data.images import Images, Transform
-from ptq4vit_plugin.errors import DataError, nearest
-from ptq4vit_plugin.integrations.timm.images import SPLITS
+from ptq4vit_plugin.data.sources.root import data_name
+from ptq4vit_plugin.errors import DataError
+from ptq4vit_plugin.integrations.timm.images import SPLITS, check_split
 
 TEST_SHARE = 0.2
 
@@ -22,15 +23,14 @@ def digits(config: Any, split: str, transform: Transform) -> Images:
     """
     from sklearn.datasets import load_digits  # a second to import, and only this source needs it
 
-    train, val = SPLITS
-    if split not in train + val:
-        raise DataError(
-            f"data split '{split}' of digits; allowed: train, val" + nearest(split, train + val)
-        )
+    data_name(config, wanted=False)
+    if config.root is not None:
+        raise DataError(f"data.root {config.root}: source 'digits' reads no files; allowed: null")
+    check_split(split, "digits", ("train", "val"))
     bunch = load_digits()
     order = np.random.RandomState(0).permutation(len(bunch.target))
     held_out = round(TEST_SHARE * len(order))
-    chosen = np.sort(order[held_out:] if split in train else order[:held_out])
+    chosen = np.sort(order[held_out:] if split in SPLITS[0] else order[:held_out])
     grey = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
     return Images(
         read=partial(_read, grey, bunch.target[chosen]),

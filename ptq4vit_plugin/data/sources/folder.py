@@ -11,9 +11,9 @@ from PIL import Image
 from ptq4vit_plugin.data.images import Images, Transform
 from ptq4vit_plugin.data.labels import class_map as model_classes
 from ptq4vit_plugin.data.labels import label_file
-from ptq4vit_plugin.data.sources.root import existing_root, text_file
+from ptq4vit_plugin.data.sources.root import data_name, existing_root, text_file
 from ptq4vit_plugin.errors import DataError
-from ptq4vit_plugin.integrations.timm.images import ImageFiles, split_path
+from ptq4vit_plugin.integrations.timm.images import ImageFiles, class_order, split_path
 
 
 def folder(
@@ -28,34 +28,37 @@ def folder(
     Parameters
     ----------
     class_map
-        Text file with one class folder per line, in the order of the model's classes. Without it,
+        Text file with one class name per line, all the model's classes in order. Without it,
         folders named by ImageNet's wnids are the model's classes by wnid, and other folders are
         taken in timm's order when there are as many as the model has classes.
     labels
         Text file with a line ``<image> <label>`` for each image, for images that are not in class
         folders; the label is the model's class index or a class name.
     """
+    data_name(config, wanted=False)
     root = existing_root(config)
     if not root.is_dir():
         raise DataError(f"data.root {root} is a file; source 'folder' needs a folder of images")
     files = ImageFiles(split_path(root, split))
-    classes, of_image, problem = files.classes, files.folders, None
+    classes, of_image = files.classes, files.folders
+    listed = problem = None
     if labels is not None:
         text = text_file(root, "labels", labels)
         of_image = label_file(text, files.names, f"data.options.labels {labels}")
-        classes = sorted(set(of_image))
+        classes = class_order(of_image)
     elif classes == [""]:
         problem = f"{files.root} has no class folders; give data.options.labels, or class folders"
     if class_map is not None:
         text = text_file(root, "class_map", class_map)
-        classes = model_classes(text, classes, f"data.options.class_map {class_map}")
-    are_indices = labels is not None and class_map is None and all(map(str.isdecimal, classes))
+        listed = model_classes(text, classes, f"data.options.class_map {class_map}")
+    are_indices = labels is not None and listed is None and all(map(str.isdecimal, classes))
     index_of = {name: int(name) if are_indices else i for i, name in enumerate(classes)}
     return Images(
         read=partial(_read, files, [index_of[name] for name in of_image]),
         names=files.names,
         transform=transform,
-        classes=None if are_indices or class_map is not None else classes,
+        classes=None if are_indices else classes,
+        class_map=listed,
         label_problem=problem,
     )
 

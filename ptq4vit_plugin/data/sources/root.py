@@ -8,6 +8,15 @@ from typing import Any
 from ptq4vit_plugin.errors import DataError, one_line
 
 
+def data_name(config: Any, wanted: bool) -> str:
+    """What follows the slash in `data.source`: a source wants it or does not take it."""
+    source, _, name = config.source.partition("/")
+    if bool(name) != wanted:
+        allowed = f"{source}/<name>" if wanted else source
+        raise DataError(f"data.source: '{config.source}' is not allowed; allowed: {allowed}")
+    return name
+
+
 def existing_root(config: Any) -> Path:
     """`data.root` as a path, which must exist."""
     if config.root is None:

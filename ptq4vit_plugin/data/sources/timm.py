@@ -14,13 +14,15 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from ptq4vit_plugin.data.images import Images, Transform, numbered
-from ptq4vit_plugin.data.labels import Relabelled
 from ptq4vit_plugin.data.labels import class_map as model_classes
-from ptq4vit_plugin.data.sources.root import existing_root, text_file
+from ptq4vit_plugin.data.sources.root import data_name, existing_root, text_file
 from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations.timm.datasets import opened_by_timm
-from ptq4vit_plugin.integrations.timm.images import split_path
+from ptq4vit_plugin.integrations.timm.images import check_split, split_path
 from ptq4vit_plugin.integrations.webdataset import Shards
+
+#: Of torchvision's sets, those that refuse a split they do not have.
+OWN_SPLITS = ("imagenet", "places365", "inaturalist", "inat")
 
 
 def hugging_face(
@@ -40,6 +42,7 @@ def hugging_face(
     class_map
         As of the source ``folder``, for data sets that name their classes.
     """
+    data_name(config, wanted=True)
     return _opened(config, split, transform, class_map, input_key=input_key, target_key=target_key)
 
 
@@ -53,6 +56,7 @@ def tensorflow(
     class_map
         As of the source ``folder``, for data sets that name their classes.
     """
+    data_name(config, wanted=True)
     return _opened(config, split, transform, class_map)
 
 
@@ -72,10 +76,12 @@ def torchvision(
     class_map
         As of the source ``folder``.
     """
+    name = data_name(config, wanted=True).rpartition("/")[2].lower()
     root = existing_root(config)
-    name = config.source.partition("/")[2].lower()
     if name in ("folder", "image_folder"):
         root, split = split_path(root, split), "."
+    elif name not in OWN_SPLITS:  # timm takes the test set for whatever is not 'train'
+        check_split(split, config.source, ("train", "val", "test"))
     changed = {"root": root, "download": download or None}
     return _opened(config, split, transform, class_map, **changed)
 
@@ -89,8 +95,11 @@ def tar(config: Any, split: str, transform: Transform, class_map: str | None = N
     class_map
         As of the source ``folder``.
     """
+    data_name(config, wanted=False)
     root = existing_root(config)
     file = root if root.is_file() else split_path(root, split, ".tar")
+    if file.suffix != ".tar":
+        raise DataError(f"data.root {file} is not a .tar file; source 'tar' reads no other")
     # timm would keep a pickle of the headers beside a large file, and read it the next time
     return _opened(config, split, transform, class_map, root=file, cache_tarinfo=False)
 
@@ -114,8 +123,13 @@ def webdataset(
     root = existing_root(config)
     if not root.is_dir():
         raise DataError(f"data.root {root} is a file; source 'wds' needs a folder of shards")
-    shards = Shards(root, split, input_key.split(";"), target_key)
-    return Images(read=shards.__getitem__, names=shards.names, transform=transform)
+    shards = Shards(root, split, input_key.lower().split(";"), target_key)
+    return Images(
+        read=shards.__getitem__,
+        names=shards.names,
+        transform=transform,
+        label_problem=shards.label_problem,
+    )
 
 
 def _opened(
@@ -125,7 +139,7 @@ def _opened(
     class_map: str | None,
     root: Path | None = None,
     **options: Any,
-) -> Dataset:
+) -> Images:
     root = root or config.root
     opened = opened_by_timm(config.source, None if root is None else str(root), split, **options)
     names = opened.names or numbered(len(opened), config.source)
@@ -135,7 +149,6 @@ def _opened(
     origin = f"data.options.class_map {class_map}"
     if opened.classes is None:
         raise DataError(f"{origin}: the classes of '{config.source}' have no names to look up")
-    listed = model_classes(
-        text_file(config.root or Path(), "class_map", class_map), opened.classes, origin
-    )
-    return Relabelled(images, [listed.index(name) for name in opened.classes])
+    text = text_file(config.root or Path(), "class_map", class_map)
+    images.class_map = model_classes(text, opened.classes, origin)
+    return images

@@ -15,6 +15,7 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ptq4vit_plugin.errors import DataError, one_line
+from ptq4vit_plugin.integrations.timm.images import decoded
 
 #: What a name's prefix needs beside timm.
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets"}
@@ -34,6 +35,8 @@ class TimmImages:
     def __init__(self, dataset: Any):
         self._dataset = dataset
         self._reader = reader = getattr(dataset, "reader", None)
+        if reader is None and hasattr(dataset, "loader"):
+            dataset.loader = decoded  # torchvision's makes 16 bits white
         # A reader of Hugging Face data sets would read every image to tell its name.
         listed = hasattr(reader, "samples")
         self.names = [str(name) for name in reader.filenames()] if listed else None
@@ -56,9 +59,8 @@ class TimmImages:
         if self._reader is None:  # torchvision's
             return self._dataset[index]
         file, label = self._reader[index]
-        with file, Image.open(file) as image:
-            image.load()
-            return image, label
+        with file:
+            return decoded(file), label
 
 
 class TimmStream:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +17,7 @@ from timm.data import (
     resolve_model_data_config,
 )
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
 from torch import nn
 
 from ...errors import DataError, nearest, one_line
@@ -75,7 +77,7 @@ class ImageTransform:
                 f"the model takes {self.channels} channels and images have 1, 3 or 4: give "
                 "float32 arrays (npz) that are ready for the model"
             )
-        return self.pipeline(image.convert(MODES[self.channels]))
+        return self.pipeline(eight_bits(image).convert(MODES[self.channels]))
 
 
 def image_transform(model: nn.Module) -> ImageTransform:
@@ -103,6 +105,33 @@ def _transform_config(model: nn.Module) -> dict[str, Any]:
     return config | {"input_size": (channels, *size)}
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale grey of 16 bits to 8: Pillow's `convert` makes everything from 256 on white.
+
+    Raises
+    ------
+    ValueError
+        Integers of 32 bits or floats outside 0 to 255: what is white is not known.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if not ((values >= 0) & (values <= 255)).all():
+            raise ValueError(
+                f"values from {values.min():g} to {values.max():g} in mode {image.mode}; allowed: "
+                "0 to 255, or 16 bits without sign"
+            )
+    return image
+
+
+def decoded(file: BinaryIO | str | Path) -> Image.Image:
+    """Decode an image to 8 bits; raises whatever Pillow raises, and what `eight_bits` does."""
+    with Image.open(file) as image:
+        image.load()
+        return eight_bits(image)
+
+
 def open_image(path: Path) -> Image.Image:
     """Decode one image file.
 
@@ -112,10 +141,8 @@ def open_image(path: Path) -> Image.Image:
         It cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, ValueError, SyntaxError) as error:
+        return decoded(path)
+    except Exception as error:  # OSError, SyntaxError, struct.error, DecompressionBombError, ...
         raise DataError(f"'{path}' cannot be read as an image: {one_line(error)}") from error
 
 
@@ -186,6 +213,24 @@ def split_path(root: Path, split: str, suffix: str = "") -> Path:
     )
 
 
+def check_split(split: str, source: str, allowed: Sequence[str]) -> None:
+    """Raise `DataError` unless a split is one of `allowed` or a synonym that timm has."""
+    known = [*allowed, *SPLITS[0], *SPLITS[1]]
+    if split not in known:
+        raise DataError(
+            f"data split '{split}' of {source}; allowed: {', '.join(allowed)}"
+            + nearest(split, known)
+        )
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Different class names in timm's order, in which numbers count as numbers.
+
+    timm leaves names that it takes for equal (``a1`` and ``a01``) to chance; here they are sorted.
+    """
+    return sorted(sorted(set(names)), key=natural_key)
+
+
 class ImageFiles:
     """The image files under a folder and the class folder each one is in, sorted by name.
 
@@ -199,7 +244,7 @@ class ImageFiles:
     folders
         The class folder of each file; empty for a file directly in `root`.
     classes
-        The class folders in timm's order (numbers within names count as numbers).
+        The class folders in the order of `class_order`.
     """
 
     def __init__(self, root: Path):
@@ -207,9 +252,10 @@ class ImageFiles:
             reader = ReaderImageFolder(str(root))
         except RuntimeError as error:  # timm's "Found 0 images"
             raise DataError(one_line(error)) from error
-        self.classes = list(reader.class_to_idx)
+        folders = list(reader.class_to_idx)
+        self.classes = class_order(folders)
         files = sorted(
-            (Path(path).relative_to(root).as_posix(), self.classes[index])
+            (Path(path).relative_to(root).as_posix(), folders[index])
             for path, index in reader.samples
         )
         self.root = root
@@ -221,9 +267,7 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> Image.Image:
         """Decode one file; raises whatever Pillow raises when it cannot."""
-        with Image.open(self.root / self.names[index]) as image:
-            image.load()
-            return image
+        return decoded(self.root / self.names[index])
 
 
 def imagenet_wnids(num_classes: int) -> Sequence[str] | None:

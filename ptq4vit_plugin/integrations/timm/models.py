@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ptq4vit_plugin.errors import ModelError, nearest
+from ptq4vit_plugin.errors import ModelError, nearest, one_line
 
 _ATTRIBUTE = "ptq4vit_recipe"
 
@@ -46,19 +47,24 @@ def create(recipe: Recipe, pretrained: bool = False, checkpoint: Path | None = N
             f"model.name: '{recipe.name}' is not a timm model; allowed: the {len(known)} names of "
             f"timm.list_models()" + nearest(recipe.name, known)
         )
+    if "checkpoint_path" in recipe.args:  # timm's other way to weights, which are no architecture
+        raise ModelError(
+            "model.args.checkpoint_path: not allowed; give model.checkpoint, a local .safetensors "
+            "file, instead"
+        )
     try:
-        model = timm.create_model(recipe.name, pretrained=pretrained, **recipe.args)
-    except (TypeError, AssertionError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")  # an error follows
+            model = timm.create_model(recipe.name, pretrained=pretrained, **recipe.args)
+    except Exception as error:  # constructors of many people, given any arguments
+        reason = f"{type(error).__name__}: {one_line(error)[:300]}"
+        if pretrained and isinstance(error, (OSError, RuntimeError)):
+            raise ModelError(
+                f"model: the pretrained weights of '{recipe.name}' cannot be had: {reason}; "
+                "give model.checkpoint, a local .safetensors file, instead"
+            ) from error
         raise ModelError(
-            f"model: timm cannot build '{recipe.name}' with {recipe.args}: {error}"
-        ) from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise ModelError(f"model: timm cannot build '{recipe.name}': {error}") from error
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"model: the pretrained weights of '{recipe.name}' cannot be had: {reason}; "
-            "give model.checkpoint, a local .safetensors file, instead"
+            f"model: timm cannot build '{recipe.name}' with {recipe.args}: {reason}"
         ) from error
     if checkpoint is not None:
         _load_weights(model, checkpoint)
@@ -86,3 +92,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise ModelError(f"model.checkpoint: '{path}' does not fit the model: {detail}") from error
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"model.checkpoint: '{path}': tensor '{name}' has NaN or infinite values; allowed: "
+                "finite numbers"
+            )
