@@ -7,6 +7,7 @@ model card made from what the checkpoint knows. Nothing else is read when it is 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ CARD = "README.md"
 # timm's prefixes of model names
 HUB = ("hf-hub:", "hf_hub:")
 LOCAL = "local-dir:"
+# All but the last part of a path that is absolute, or begins at the home folder or further up. A
+# prefix of timm's model names or a data source's name may stand before it.
+_FOLDERS = re.compile(
+    r"^(local-dir:|file:|[\w.-]+/)?(?:/|~|\.\.?(?=[/\\])|[A-Za-z]:(?=[/\\])|\\\\)(?:.*[/\\])?"
+)
 
 
 def save(
@@ -116,6 +122,9 @@ def locate(path: str | Path) -> Path:
 def upload(folder: str | Path, name: str, private: bool = False) -> str:
     """Upload the checkpoint and the card of a folder to the Hugging Face hub.
 
+    The checkpoint holds the run's whole config, so that `evaluate` finds its images again: also the
+    folders that it names, which the card leaves out.
+
     Parameters
     ----------
     folder
@@ -169,7 +178,8 @@ def card(
     if licence:
         header["license"] = licence
     tag = pretrained.get("tag")
-    name = "a model" if recipe is None else recipe.name
+    name = "a model" if recipe is None else _without_folders(recipe.name)
+    config = config and _public(config)
     if of_timm and recipe is not None:
         full = name if "." in name or not tag else f"{name}.{tag}"
         header["base_model"] = f"timm/{full}"
@@ -201,7 +211,8 @@ def card(
     if record is not None:
         lines += ["## Where the scales come from", "", *_provenance(record, config), ""]
     if config is not None:
-        lines += ["## Config", "", "```yaml", _public(config), "```", ""]
+        lines += ["## Config", "", "```yaml"]
+        lines += [yaml.safe_dump(config, sort_keys=False).strip(), "```", ""]
     lines += [
         "## Licence of the weights",
         "",
@@ -222,11 +233,24 @@ def card(
     return "\n".join(lines)
 
 
-def _public(config: dict[str, Any]) -> str:
-    """A run's config as YAML, without the folders of the machine that it ran on."""
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without the folders of the machine that it ran on."""
     sections = {key: value for key, value in config.items() if key != "output"}
     sections["data"] = {key: value for key, value in config["data"].items() if key != "root"}
-    return yaml.safe_dump(sections, sort_keys=False).strip()
+    if checkpoint := config["model"].get("checkpoint"):
+        sections["model"] = {**config["model"], "checkpoint": Path(checkpoint).name}
+    return _without_folders(sections)
+
+
+def _without_folders(value: Any) -> Any:
+    """A value of a config with the last part alone of every path like that."""
+    if isinstance(value, str):
+        return _FOLDERS.sub(r"\1", value)
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return value
 
 
 def _provenance(record: QuantizationRecord, config: dict[str, Any] | None) -> list[str]:
@@ -237,7 +261,7 @@ def _provenance(record: QuantizationRecord, config: dict[str, Any] | None) -> li
         kinds[kind] = kinds.get(kind, 0) + 1
     lines = [
         f"- algorithm: {record.algorithm}; settings other than its defaults: "
-        f"`{record.settings or 'none'}`",
+        f"`{_without_folders(record.settings) or 'none'}`",
         f"- {len(record.ops)} ops, {record.plan.macs_quantized:.1%} of multiply-accumulates "
         "quantized on both sides",
         "- operands: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),

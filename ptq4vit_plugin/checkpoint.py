@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ptq4vit_plugin.errors import CheckpointError
-from ptq4vit_plugin.files import written_whole
+from ptq4vit_plugin.files import json_text, written_whole
 from ptq4vit_plugin.integrations.integer import checkpoint as integer
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
@@ -102,7 +102,7 @@ def save(
         for name, tensor in model.state_dict().items()
     }
     with written_whole(Path(path)) as part:
-        save_file(state, part, {_KEY: metadata.model_dump_json()})
+        save_file(state, part, {_KEY: json_text(metadata.model_dump(mode="json"))})
     return Path(path)
 
 

@@ -5,6 +5,7 @@ Everything heavy (torch, NNCF, timm) is imported inside the commands, so that `-
 
 import json
 import logging
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -138,7 +139,9 @@ def export(
     ] = "integer",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write, instead of one beside the checkpoint."),
+        typer.Option(
+            "--output", "-o", help="File to write, or a folder, instead of beside the checkpoint."
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -179,7 +182,7 @@ def run(
 ) -> None:
     """Classify image files with an exported model: the five most probable classes.
 
-    Example: `ptq4vit run runs/w8a8/model.xml cat.jpg`
+    Example: `ptq4vit run runs/w8a8/model-openvino.xml cat.jpg`
     """
     from . import commands
 
@@ -334,4 +337,6 @@ def _options(group: str, name: str) -> str:
 
 def main() -> None:
     """Entry point of the command `ptq4vit`."""
+    # What ends a job (a scheduler, a container, `timeout`) is as orderly an end as an interrupt.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app(prog_name="ptq4vit")

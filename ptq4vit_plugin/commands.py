@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -18,18 +19,18 @@ import yaml
 from rich.console import Console
 from torch import nn
 
-from ptq4vit_plugin import artefacts
+from ptq4vit_plugin import artefacts, registry
 from ptq4vit_plugin import checkpoint as checkpoints
 from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.algorithms.finished import remove
 from ptq4vit_plugin.config import Config, parse
 from ptq4vit_plugin.data import calibration_images, loader, open_dataset
-from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError
+from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError, one_line
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
 from ptq4vit_plugin.exporting import export as export_model
 from ptq4vit_plugin.exporting import exporter_of
-from ptq4vit_plugin.files import output_folder, written_whole
+from ptq4vit_plugin.files import json_text, output_folder, written_whole
 from ptq4vit_plugin.integrations.device import local_device
 from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks, wait_for_all
 from ptq4vit_plugin.integrations.nncf.kernels import compiled_meanwhile
@@ -41,7 +42,7 @@ from ptq4vit_plugin.record import describe as describe_model
 from ptq4vit_plugin.record import record_of
 from ptq4vit_plugin.reporting import report as reports
 from ptq4vit_plugin.reporting import results as result_tables
-from ptq4vit_plugin.reporting.events import event, json_lines
+from ptq4vit_plugin.reporting.events import event, json_lines, nncf_messages
 from ptq4vit_plugin.reporting.tables import (
     cost_line,
     export_table,
@@ -56,97 +57,118 @@ FINISHED = "finished-ops"  # folder
 
 
 @dataclass
-class Run:
-    """A config that was run: its models, and what is worth writing down."""
+class Calibrated:
+    """A config's model before and after quantization, and how long that took."""
 
     quantized: nn.Module
     reference: nn.Module
-    metrics: Metrics
-    results: dict[str, Any]
+    seconds: float
 
 
 def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = False) -> None:
-    """Calibrate, evaluate and save; writes checkpoint, results, resolved config and report.
+    """Calibrate, save and evaluate; writes checkpoint, results, resolved config and report.
 
     Finished ops are kept in the output folder until then, so that the same command continues a run
     that was killed. Under torchrun all processes calibrate, and the first does the rest.
     """
+    if output is not None:
+        config = config.model_copy(update={"output": output})
     with ExitStack() as stack:
+        stack.enter_context(nncf_messages(quiet))
         stack.enter_context(process_group())
         if log_json and rank() == 0:
             stack.enter_context(json_lines(sys.stdout))
-        folder = output_folder(output or config.output)
+        folder = output_folder(config.output)
         silent = quiet or log_json
-        done = run_config(config, not silent, resume=folder / FINISHED)
+        done = calibrate(config, resume=folder / FINISHED)
         if done is None:
             return
+        # Saved first: nothing that evaluation meets can lose what calibration found.
         extra = {"config": config.dump()}
-        path = artefacts.save(done.quantized, folder, extra=extra, metrics=done.metrics)
-        done.results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
-        write_run(folder, config, done.results)
+        path = artefacts.save(done.quantized, folder, extra=extra)
         remove(folder / FINISHED)
+        try:
+            metrics, results = measured(config, done, not silent)
+        except PTQ4ViTError as error:
+            raise type(error)(f"{error} (the quantized model is saved: {path})") from error
+        artefacts.save(done.quantized, folder, extra=extra, metrics=metrics)
+        results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
+        write_run(folder, config, results)
         event("written", folder=str(folder), files=[path.name, artefacts.CARD, RESULTS, CONFIG])
         if not silent:
             console = Console()
-            console.print(metrics_table(done.metrics))
+            if metrics is not None:
+                console.print(metrics_table(metrics))
             record = record_of(done.quantized)
             if record is not None:
                 console.print(cost_line(record))
-            console.print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
+            print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
             if absent := reports.missing():
-                needed = " and ".join(absent)
-                console.print(f"no report: it needs {needed} (ptq4vit-plugin\\[report])")
+                print(f"no report: it needs {' and '.join(absent)} (ptq4vit-plugin[report])")
 
 
-def run_config(config: Config, progress: bool, resume: Path | None = None) -> Run | None:
-    """Calibrate and evaluate what a config says, on this process's device.
+def calibrate(config: Config, resume: Path | None = None) -> Calibrated | None:
+    """Quantize the model that a config names, on this process's device.
 
     Returns
     -------
-    Run or None
+    Calibrated or None
         None in all processes but the first of those that calibrate together.
     """
     started = time.perf_counter()
     model = float_model(config)
     promised = any(step.get("accuracy") for step in config.compression)
+    if promised and config.data.evaluation is None:
+        raise ConfigError(
+            "data.evaluation: null is not allowed where the compression promises an accuracy"
+        )
+    # Opened before the search, which may take long: labels or a split may be missing.
+    validation = None if config.data.evaluation is None else evaluation(config, model)
     # Only the first of several processes evaluates, and needs the kernels.
     with compiled_meanwhile() if rank() == 0 else nullcontext():
         quantized = quantize_model(
             model,
             calibration(config, model),
             config,
-            validation_dataset=evaluation(config, model) if promised else None,
+            validation_dataset=validation if promised else None,
             resume=resume,
         )
-    calibrated = time.perf_counter()
     if rank() != 0:
         return None
-    metrics = evaluate_with(config, quantized, model, progress)
-    event("evaluated", **json.loads(metrics.model_dump_json()))
-    record = record_of(quantized)
-    results = {
-        "metrics": metrics.model_dump(mode="json"),
+    return Calibrated(quantized, model, time.perf_counter() - started)
+
+
+def measured(
+    config: Config, done: Calibrated, progress: bool
+) -> tuple[Metrics | None, dict[str, Any]]:
+    """What is worth writing down about a calibrated model; no metrics without evaluation images."""
+    started, metrics = time.perf_counter(), None
+    if config.data.evaluation is not None:
+        metrics = evaluate_with(config, done.quantized, done.reference, progress)
+        event("evaluated", **metrics.model_dump(mode="json"))
+    record = record_of(done.quantized)
+    return metrics, {
+        "metrics": None if metrics is None else metrics.model_dump(mode="json"),
         "seconds": {
-            "calibration": calibrated - started,
-            "evaluation": time.perf_counter() - calibrated,
+            "calibration": done.seconds,
+            "evaluation": time.perf_counter() - started,
         },
         "environment": environment(),
         "calibration": None if record is None else record.model_dump(mode="json"),
     }
-    return Run(quantized, model, metrics, results)
 
 
 def write_run(folder: Path, config: Config, results: dict[str, Any]) -> None:
     """Write a run's measurements and its resolved config, and the report if it can be drawn."""
     write_text(folder / CONFIG, yaml.safe_dump(config.dump(), sort_keys=False))
-    write_text(folder / RESULTS, json.dumps(results))
+    write_text(folder / RESULTS, json_text(results))
     if not reports.missing():
         reports.write_report(folder)
 
 
 def report(folder: Path) -> None:
     """Write ``report.html`` of a run folder."""
-    Console().print(f"written: {reports.write_report(folder)}")
+    print(f"written: {reports.write_report(folder)}")
 
 
 def environment() -> dict[str, str]:
@@ -171,6 +193,10 @@ def sweep(
     if output is not None:
         described = described.model_copy(update={"output": output})
     cells = sweeps.cells(described, only, overrides, str(file))
+    for cell in cells:
+        if cell.config.data.evaluation is None:
+            raise ConfigError(f"{file}: {cell.title}: data.evaluation: null leaves no result")
+    published = result_tables.read_published(described.published)
     folder = output_folder(described.output)
     path = folder / sweeps.RESULTS
     known = {row["key"] for row in sweeps.results(path)} if path.exists() else set()
@@ -184,17 +210,22 @@ def sweep(
     for place, cell in enumerate(todo, start=1):
         console.print(f"{who}{place}/{len(todo)} {cell.title}")
         try:
-            done = run_config(cell.config, progress=not quiet)
-        except (PTQ4ViTError, RuntimeError) as error:  # the latter: torch's, out of memory too
+            with nncf_messages(quiet):
+                done = calibrate(cell.config)
+                _, found = measured(cell.config, done, progress=not quiet)
+            write_run(output_folder(cell.config.output), cell.config, found)
+        except Exception as error:  # whatever it is, the other cells are worth having
             failed.append(cell)
-            print(f"{who}failed: {cell.title}: {' '.join(str(error).split())}", file=sys.stderr)
+            reason = one_line(error)
+            if not isinstance(error, (PTQ4ViTError, RuntimeError)):  # RuntimeError: torch's
+                traceback.print_exc()  # a bug that somebody has to find
+                reason = f"{type(error).__name__}: {reason}"
+            print(f"{who}failed: {cell.title}: {reason}", file=sys.stderr)
             continue
-        write_run(output_folder(cell.config.output), cell.config, done.results)
-        sweeps.append(path, result_tables.line(cell, done.results))
+        sweeps.append(path, result_tables.line(cell, found))
     if processes == 1 and path.exists():
         keys = {cell.key for cell in cells}
         rows = [row for row in sweeps.results(path) if row["key"] in keys]
-        published = result_tables.read_published(described.published)
         print(result_tables.markdown(result_tables.compare(rows, published)), end="")
     wait_for_all()  # torchrun ends all processes when one has failed
     if failed:
@@ -205,22 +236,32 @@ def sweep(
 
 def table(file: Path, form: str, published: Path | None) -> None:
     """Print the results of a sweep, published numbers beside them."""
-    rows = result_tables.compare(sweeps.results(file), result_tables.read_published(published))
+    results = sweeps.results(file)
+    if not results:
+        raise ConfigError(f"{file}: has no result of `ptq4vit sweep`; allowed: {sweeps.RESULTS}")
+    rows = result_tables.compare(results, result_tables.read_published(published))
     print(result_tables.FORMATS[form](rows), end="")
 
 
+@nncf_messages()
 def evaluate(checkpoint: Path, config: Config | None) -> None:
     """Measure a saved model against its float original; torchrun's processes share the images."""
     with process_group():
         file = artefacts.locate(checkpoint)
         quantized = checkpoints.load(file).to(local_device())
-        if config is None:
-            saved = checkpoints.read_metadata(file).extra.get("config")
-            if saved is None:
-                raise ConfigError(
-                    f"'{checkpoint}' does not say on which data to evaluate; give --config"
-                )
-            config = parse(saved, str(checkpoint))
+        saved = _saved_config(file)
+        if config is None and saved is None:
+            raise ConfigError(
+                f"'{checkpoint}' does not say on which data to evaluate; give --config"
+            )
+        # The float original is the checkpoint's, whatever model the other config is about.
+        original = saved or config
+        config = (config or saved).model_copy(update={"model": original.model})
+        if config.data.evaluation is None:
+            raise ConfigError(
+                "data.evaluation: null says that there is nothing to evaluate on; "
+                "give --config with another"
+            )
         metrics = evaluate_with(
             config, quantized, float_model(config), progress=rank() == 0, share=(rank(), ranks())
         )
@@ -228,11 +269,15 @@ def evaluate(checkpoint: Path, config: Config | None) -> None:
             Console().print(metrics_table(metrics))
 
 
+@nncf_messages()
 def describe(checkpoint: Path) -> None:
     """Print a record per op."""
-    Console().print(record_table(describe_model(artefacts.load(checkpoint))))
+    file = artefacts.locate(checkpoint)
+    checkpoints.read_metadata(file)  # an exported model has no records, and says what it is
+    _console().print(record_table(describe_model(checkpoints.load(file))))
 
 
+@nncf_messages()
 def export(
     checkpoint: Path,
     format: str,
@@ -245,12 +290,14 @@ def export(
     """Write a saved model for a runtime; the comparison goes into ``results.json`` beside it."""
     checkpoint = artefacts.locate(checkpoint)
     model = checkpoints.load(checkpoint)
-    given = dict(option.partition("=")[::2] for option in options)
-    if config is None and (saved := checkpoints.read_metadata(checkpoint).extra.get("config")):
-        config = parse(saved, str(checkpoint))
+    given = dict(sweeps.assignment(option) for option in options)
+    if config is None:
+        config = _saved_config(checkpoint)
     images = None if config is None else calibration(config, model)
-    path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}")
-    results = path.parent / RESULTS
+    suffix = registry.load("exporters", format).suffix
+    path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}{suffix}")
+    folder = path if path.is_dir() else path.parent
+    results = folder / RESULTS
     known = _known(results)
     report = export_model(
         model,
@@ -259,13 +306,23 @@ def export(
         images,
         min_sqnr,
         per_op,
-        **{key: yaml.safe_load(value) for key, value in given.items()},
+        **given,
     )
     exports = {**known.get("exports", {}), format: report.model_dump(mode="json")}
-    write_text(results, json.dumps({**known, "exports": exports}, indent=2))
-    console = Console()
-    console.print(export_table(report))
-    console.print(f"written: {', '.join(str(path.parent / name) for name in report.files)}")
+    write_text(results, json_text({**known, "exports": exports}, indent=2))
+    Console().print(export_table(report))
+    print(f"written: {', '.join(str(folder / name) for name in report.files)}")
+
+
+def _saved_config(checkpoint: Path) -> Config | None:
+    """The config that a checkpoint was made with, if it says so."""
+    saved = checkpoints.read_metadata(checkpoint).extra.get("config")
+    return None if saved is None else parse(saved, str(checkpoint))
+
+
+def _console() -> Console:
+    """For wide tables: in a pipe there is no window to fit, and names must stay whole."""
+    return Console(width=None if sys.stdout.isatty() else 1000)
 
 
 def _known(results: Path) -> dict[str, Any]:
@@ -283,6 +340,7 @@ def _known(results: Path) -> dict[str, Any]:
     return known
 
 
+@nncf_messages()
 def run(model: Path, images: list[Path]) -> None:
     """Print the five most probable classes of image files."""
     exporter = exporter_of(model)
@@ -298,11 +356,12 @@ def run(model: Path, images: list[Path]) -> None:
             print(f"  {100 * probability:5.1f} %  {names[index]}")
 
 
+@nncf_messages()
 def plan(config: Config) -> None:
     """Print what would be quantized."""
     model = float_model(config)
     images = next(iter(calibration(config, model, samples=1).get_inference_data()))
-    Console().print(plan_table(make_plan(model, images, config)))
+    _console().print(plan_table(make_plan(model, images, config)))
 
 
 def float_model(config: Config) -> nn.Module:

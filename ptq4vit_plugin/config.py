@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,6 +27,9 @@ from pydantic import (
 from . import registry
 from .errors import ConfigError, PTQ4ViTError, RegistryError, nearest
 
+#: A path as in a shell: ``~`` is the home folder.
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,7 +40,7 @@ class ModelConfig(_Section):
 
     name: str = Field(description="timm model name, for example vit_small_patch16_224")
     pretrained: bool = Field(False, description="download timm's pretrained weights")
-    checkpoint: Path | None = Field(None, description="local weights to load instead")
+    checkpoint: UserPath | None = Field(None, description="local weights to load instead")
     args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
 
 
@@ -45,7 +49,7 @@ class CalibrationConfig(_Section):
 
     split: str = Field("train", description="split of the data source")
     samples: PositiveInt = Field(32, description="number of images")
-    seed: NonNegativeInt = Field(3, description="seed of the choice of images")
+    seed: int = Field(3, ge=0, le=2**32 - 1, description="seed of the choice of images")
     batch_size: PositiveInt = Field(8, description="images per forward and backward pass")
     skip_unreadable: NonNegativeInt = Field(
         0, description="images that may be undecodable; they are named and replaced"
@@ -73,10 +77,12 @@ class DataConfig(_Section):
     source: str = Field(
         description="registered data source: digits, folder, npz, tar, hfds/NAME, torch/NAME, ..."
     )
-    root: Path | None = Field(None, description="folder or file that the source reads")
+    root: UserPath | None = Field(None, description="folder or file that the source reads")
     options: dict[str, Any] = Field({}, description="further arguments of the source")
     calibration: CalibrationConfig = CalibrationConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig | None = Field(
+        EvaluationConfig(), description="null: calibrate only, for images without labels"
+    )
 
     @field_validator("source")
     @classmethod
@@ -111,7 +117,7 @@ class Config(_Section):
     compression: Annotated[list[dict[str, Any]], Field(validate_default=True)] = [
         {"algorithm": "ptq4vit"}
     ]
-    output: Path = Field(Path("runs/latest"), description="folder that results are written to")
+    output: UserPath = Field(Path("runs/latest"), description="folder that results are written to")
 
     @field_validator("compression", mode="before")
     @classmethod
@@ -145,7 +151,9 @@ def load_file(path: str | PathLike[str]) -> Any:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        if path.suffix.lower() == ".json":
+            return json.loads(text, object_pairs_hook=_no_key_twice)
+        return yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
@@ -154,6 +162,30 @@ def load_file(path: str | PathLike[str]) -> Any:
         raise ConfigError(f"{path}: not valid YAML{where}: {error.problem}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid: {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping with a key that stands twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The same for JSON."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key '{key}' stands twice")
+    return dict(pairs)
 
 
 def parse(data: Any, origin: str) -> Config:

@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ptq4vit_plugin import registry
-from ptq4vit_plugin.errors import ConfigError, ModelError, PTQ4ViTError
+from ptq4vit_plugin.checkpoint import read_metadata
+from ptq4vit_plugin.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    RegistryError,
+)
 from ptq4vit_plugin.exporter import Exporter
+from ptq4vit_plugin.files import unwritable
 from ptq4vit_plugin.integrations.nncf.capture import batches
 from ptq4vit_plugin.integrations.timm.images import preprocessing
 from ptq4vit_plugin.verification import Artefact, op_differences
@@ -83,7 +91,8 @@ def export(
     model
         What `quantize` or `load` returned.
     path
-        File to write; a suffix is added when there is none.
+        File to write; a suffix is added when there is none. In a folder that exists, the file is
+        called ``model-<format>``. What is there is replaced, unless it is a checkpoint.
     format
         A registered exporter: ``integer``, ``openvino`` or ``onnx``.
     example_input
@@ -99,7 +108,7 @@ def export(
     Raises
     ------
     ConfigError
-        Unknown options, or a wrong suffix.
+        Unknown options, a wrong suffix, or a checkpoint in the file's place.
     ModelError
         The model is not quantized by this plugin.
     ExportError
@@ -111,10 +120,7 @@ def export(
     except TypeError as error:
         allowed = ", ".join(registry.options("exporters", family)) or "none"
         raise ConfigError(f"export: {error}; options of '{format}': {allowed}") from error
-    path = Path(path)
-    path = path.with_name(path.name + exporter.suffix) if not path.suffix else path
-    if path.suffix != exporter.suffix:
-        raise ConfigError(f"export: '{format}' writes '{exporter.suffix}' files, not '{path.name}'")
+    path = _target(Path(path), format, exporter.suffix)
     model = model.eval()
     images = _images(model, example_input)
     try:
@@ -128,8 +134,8 @@ def export(
             sizes = {file.name: file.stat().st_size for file in files}
             for file in files:
                 shutil.move(file, path.parent / file.name)
-    except OSError as error:
-        raise PTQ4ViTError(f"output: cannot write '{path}': {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
     return ExportReport(
         format=format,
         files=sizes,
@@ -153,14 +159,33 @@ def exporter_of(path: Path) -> Exporter:
     ConfigError
         There is none.
     """
-    suffixes = {}
+    known, broken = [], ""
     for entry in registry.entries("exporters"):
-        family = registry.load("exporters", entry.name)
+        try:
+            family = registry.load("exporters", entry.name)
+        except RegistryError as error:  # its runtime is not installed, perhaps
+            broken += f"; {error}"
+            continue
         if family.suffix == path.suffix:
             return family()
-        suffixes[entry.name] = family.suffix
-    allowed = ", ".join(f"{suffix} ({name})" for name, suffix in suffixes.items())
-    raise ConfigError(f"'{path}' has no suffix of an exported model; allowed: {allowed}")
+        known.append(f"{family.suffix} ({entry.name})")
+    allowed = ", ".join(known)
+    raise ConfigError(f"'{path}' has no suffix of an exported model; allowed: {allowed}{broken}")
+
+
+def _target(path: Path, format: str, suffix: str) -> Path:
+    """The file to write."""
+    if path.is_dir():
+        path = path / f"model-{format}{suffix}"
+    elif not path.suffix:
+        path = path.with_name(path.name + suffix)
+    if path.suffix != suffix:
+        raise ConfigError(f"export: '{format}' writes '{suffix}' files, not '{path.name}'")
+    try:
+        read_metadata(path)
+    except CheckpointError:
+        return path
+    raise ConfigError(f"export: '{path}' is a checkpoint, not an export; give another file")
 
 
 def _images(model: nn.Module, example_input: Any) -> list[Tensor]:

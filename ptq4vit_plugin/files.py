@@ -1,14 +1,19 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the JSON in them."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ptq4vit_plugin.errors import PTQ4ViTError
+from safetensors import SafetensorError
+
+from ptq4vit_plugin.errors import PTQ4ViTError, one_line
 
 
 def output_folder(folder: Path) -> Path:
@@ -24,7 +29,7 @@ def output_folder(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise PTQ4ViTError(f"output: cannot write to '{folder}': {error.strerror}") from error
+        raise unwritable(folder, error) from error
     return folder
 
 
@@ -36,24 +41,53 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises
     ------
     PTQ4ViTError
-        The place cannot be written to.
+        The place cannot be written to, or no longer: the disk is full.
     """
     path = Path(path)
+    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The suffix stays, because writers look at it.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
         os.close(handle)
         part = Path(name)
-    except OSError as error:
-        raise PTQ4ViTError(f"output: cannot write '{path}': {error.strerror}") from error
-    try:
         yield part
         # mkstemp makes private files; a result is as readable as any other file of the user.
         part.chmod(0o666 & ~_umask())
         part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError | SafetensorError) -> PTQ4ViTError:
+    """The error to raise for a file or folder that cannot be written to."""
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return PTQ4ViTError(f"output: cannot write '{path}': {reason}")
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON that every reader takes: numbers that it lacks become the strings ``Infinity``,
+    ``-Infinity`` and ``NaN``, which `float` and pydantic read back.
+
+    Parameters
+    ----------
+    options
+        Of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 def _umask() -> int:

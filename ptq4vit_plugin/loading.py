@@ -17,6 +17,13 @@ from ptq4vit_plugin.integrations.timm.models import Recipe, create
 Header = TypeVar("Header", bound=BaseModel)
 
 
+#: What the files of this package are, by the key of their metadata.
+KINDS = {
+    "ptq4vit": "a checkpoint, which `ptq4vit evaluate` and `ptq4vit export` read",
+    "ptq4vit_integer": "an exported integer model, which `ptq4vit run` runs",
+}
+
+
 def read_header(path: Path, key: str, kind: str, schema: type[Header]) -> Header:
     """The JSON in the metadata of a safetensors file; no tensor is read.
 
@@ -36,13 +43,15 @@ def read_header(path: Path, key: str, kind: str, schema: type[Header]) -> Header
     """
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(key)
+            said = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"'{path}' cannot be read as a .safetensors file: {error}") from error
-    if text is None:
+    if key not in said:
+        other = next((f"; it is {what}" for name, what in KINDS.items() if name in said), "")
         raise CheckpointError(
-            f"'{path}' was not written by ptq4vit as {kind}: its metadata has no '{key}'"
+            f"'{path}' was not written by ptq4vit as {kind}: its metadata has no '{key}'{other}"
         )
+    text = said[key]
     try:
         version = json.loads(text).get("format_version")
         known = schema.model_fields["format_version"].default

@@ -22,6 +22,7 @@ cell whose line is there is not run again: the key of a line is a hash of the ce
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -36,8 +37,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import Config, load_file, parse
-from .errors import ConfigError, nearest
+from .config import Config, UserPath, load_file, parse
+from .errors import ConfigError, nearest, one_line
+from .evaluation import Metrics
+from .files import json_text, unwritable
 
 RESULTS = "results.jsonl"
 
@@ -63,8 +66,37 @@ class Sweep(BaseModel):
 
     base: dict[str, Any]
     grid: dict[str, Values] = Field(min_length=1)
-    published: Path | None = None
-    output: Path = Path("runs/sweep")
+    published: UserPath | None = None
+    output: UserPath = Path("runs/sweep")
+
+
+class Parts(BaseModel):
+    """Which of the paper's three ideas are on."""
+
+    hessian: bool
+    softmax_twin: bool
+    gelu_twin: bool
+
+
+class Result(BaseModel):
+    """What a line of ``results.jsonl`` has at least, so that tables can be made of it.
+
+    Attributes
+    ----------
+    key, cell
+        The cell's key and labels.
+    """
+
+    key: str
+    cell: dict[str, str]
+    model: str
+    algorithm: str
+    parts: Parts
+    weight_bits: int | None
+    activation_bits: int | None
+    samples: int
+    metrics: Metrics
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -97,7 +129,7 @@ def read(path: Path) -> Sweep:
     Raises
     ------
     ConfigError
-        Not readable, or not of the form that `Sweep` describes.
+        Not readable, not of the form that `Sweep` describes, or an axis without a value.
     """
     data = load_file(path)
     if not isinstance(data, dict):
@@ -109,7 +141,7 @@ def read(path: Path) -> Sweep:
                 f"{path}: {key}: unknown key; allowed: {known}" + nearest(key, Sweep.model_fields)
             )
     try:
-        return Sweep.model_validate(data)
+        sweep = Sweep.model_validate(data)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(item) for item in problem["loc"][:2])
@@ -117,6 +149,10 @@ def read(path: Path) -> Sweep:
             f"{path}: {key}: {problem['msg']}; an axis is a list of values, or a mapping from "
             "labels to mappings of config keys"
         ) from error
+    for axis, values in sweep.grid.items():
+        if not values:
+            raise ConfigError(f"{path}: grid.{axis}: {values}; allowed: at least one value")
+    return sweep
 
 
 def cells(
@@ -140,12 +176,11 @@ def cells(
         A cell's config is wrong (the message names the cell), an axis of `only` is unknown, or no
         cell is left.
     """
-    last = dict(_assignment(text, "--set") for text in overrides)
-    fixed = {key: yaml.safe_load(value) for key, value in last.items()}
+    fixed = dict(assignment(text) for text in overrides)
     axes = {axis: [fixed[axis]] if axis in fixed else values for axis, values in sweep.grid.items()}
     wanted = _patterns(only, axes)
     found = []
-    for choice in product(*(_settings(axis, values) for axis, values in axes.items())):
+    for choice in product(*(_settings(axis, values, origin) for axis, values in axes.items())):
         labels = {axis: label for axis, (label, _) in zip(axes, choice, strict=True)}
         if not all(
             any(fnmatch(labels[axis], pattern) for pattern in patterns)
@@ -160,6 +195,22 @@ def cells(
     if not found:
         raise ConfigError(f"{origin}: no cell matches {' '.join(only)}")
     return found
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Read what ``--set`` is given, ``"key=value"`` with the value in YAML.
+
+    Raises
+    ------
+    ConfigError
+        No key, no ``=``, or the value is not valid YAML.
+    """
+    key, value = _split(text, "--set")
+    try:
+        return key, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:  # the latter: a date that there is not
+        reason = getattr(error, "problem", None) or one_line(error)
+        raise ConfigError(f"--set {text}: not valid YAML: {reason}") from error
 
 
 def share(all_cells: Sequence[Cell], rank: int, ranks: int) -> list[Cell]:
@@ -181,19 +232,27 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
     The line goes out in a single write to a file that is open for appending, which the operating
     system does not mix with other processes' writes, and is on the disk when this returns. A line
     that a kill cut off is closed first, so that nothing is glued to it.
+
+    Raises
+    ------
+    PTQ4ViTError
+        The file cannot be written to, or no longer: the disk is full.
     """
-    text = json.dumps(line, separators=(",", ":")) + "\n"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    text = json_text(line, separators=(",", ":")) + "\n"
     try:
-        size = os.fstat(handle).st_size
-        os.lseek(handle, max(0, size - 1), os.SEEK_SET)
-        torn = size > 0 and os.read(handle, 1) != b"\n"
-        data = ("\n" if torn else "").encode() + text.encode()
-        if os.write(handle, data) != len(data):
-            raise OSError(f"{path}: the disk is full")
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(handle).st_size
+            os.lseek(handle, max(0, size - 1), os.SEEK_SET)
+            torn = size > 0 and os.read(handle, 1) != b"\n"
+            data = ("\n" if torn else "").encode() + text.encode()
+            if os.write(handle, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -202,20 +261,32 @@ def results(path: Path) -> list[dict[str, Any]]:
     Raises
     ------
     ConfigError
-        The file cannot be read.
+        The file cannot be read, or a line is something else than a result.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     found = {}
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            found[row["key"]] = row
-        except (ValueError, TypeError, KeyError):  # empty, cut off by a kill, or not ours
-            continue
+            found[Result.model_validate(row).key] = row
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = "".join(f"{item}: " for item in problem["loc"])
+            raise _no_result(path, number, f"{key}{problem['msg']}") from error
+        except ValueError as error:
+            if line and not line.startswith(b"{"):  # neither empty nor cut off by a kill
+                raise _no_result(path, number, "not JSON") from error
     return list(found.values())
+
+
+def _no_result(path: Path, number: int, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{path}, line {number}: {reason}; allowed: lines that `ptq4vit sweep` wrote, as in "
+        f"{RESULTS}"
+    )
 
 
 def _cell(labels: dict[str, str], data: dict[str, Any], output: Path, origin: str) -> Cell:
@@ -228,15 +299,21 @@ def _cell(labels: dict[str, str], data: dict[str, Any], output: Path, origin: st
     return Cell(labels, config.model_copy(update={"output": output / f"{name}_{key[:6]}"}), key)
 
 
-def _settings(axis: str, values: Values) -> list[tuple[str, dict[str, Any]]]:
+def _settings(axis: str, values: Values, origin: str) -> list[tuple[str, dict[str, Any]]]:
     """An axis as (label, config keys that it sets)."""
     if isinstance(values, dict):
         return list(values.items())
-    return [(_label(value), {axis: value}) for value in values]
+    return [(_label(axis, value, origin), {axis: value}) for value in values]
 
 
-def _label(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _label(axis: str, value: Any, origin: str) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except TypeError as error:  # YAML has dates, sets and bytes, too
+        raise ConfigError(
+            f"{origin}: grid.{axis}: {value!s}; allowed: what JSON has; text that looks like a "
+            "date needs quotes"
+        ) from error
 
 
 def _set(data: dict[str, Any], key: str, value: Any, origin: str) -> None:
@@ -267,7 +344,7 @@ def _position(node: list, item: str, key: str, origin: str) -> int:
 def _patterns(only: Iterable[str], axes: Mapping[str, Any]) -> dict[str, list[str]]:
     found = {}
     for text in only:
-        axis, patterns = _assignment(text, "--only")
+        axis, patterns = _split(text, "--only")
         if axis not in axes:
             raise ConfigError(
                 f"--only {text}: no axis '{axis}'; allowed: {', '.join(axes)}" + nearest(axis, axes)
@@ -276,7 +353,7 @@ def _patterns(only: Iterable[str], axes: Mapping[str, Any]) -> dict[str, list[st
     return found
 
 
-def _assignment(text: str, option: str) -> tuple[str, str]:
+def _split(text: str, option: str) -> tuple[str, str]:
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise ConfigError(f"{option} {text}: allowed: key=value")

@@ -73,6 +73,32 @@ def test_the_card_says_accuracy_provenance_and_licence(folder):
     assert "/home/me" not in text  # folders of one's own are nobody's business
 
 
+def test_the_card_has_no_folders_of_the_machine():
+    config = {
+        "model": {
+            "name": "local-dir:/home/me/net",
+            "checkpoint": "me/weights.safetensors",
+            "args": {"pretrained_cfg": {"file": "../me/cfg.bin"}, "act_layer": "gelu"},
+        },
+        "data": {
+            "source": "hfds//home/me/flowers",
+            "root": "me",
+            "calibration": CONFIG["data"]["calibration"],
+            "options": {"class_map": "~/me/names.txt", "labels": r"C:\me\labels.csv"},
+        },
+        "compression": [{"algorithm": "other", "ignored_scopes": ["head/linear/0", "{re}.*/qkv"]}],
+        "output": "me/runs",
+    }
+    text = artefacts.card(Recipe(name=config["model"]["name"]), None, config, METRICS, {})
+    assert "me/" not in text.replace("name/", "") and "me\\" not in text and "root" not in text
+    assert "# local-dir:net, quantized" in text and "of `hfds/flowers`" in text
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert shown["model"]["checkpoint"] == "weights.safetensors"
+    assert shown["model"]["args"] == {"pretrained_cfg": {"file": "cfg.bin"}, "act_layer": "gelu"}
+    assert shown["data"]["options"] == {"class_map": "names.txt", "labels": "labels.csv"}
+    assert shown["compression"] == config["compression"]
+
+
 def test_no_licence_is_claimed_for_other_weights(quantized, tmp_path):
     ptq.save(quantized, tmp_path / "run", RECIPE)
     text = (tmp_path / "run" / "README.md").read_text()

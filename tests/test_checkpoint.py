@@ -1,6 +1,8 @@
 """Saving and loading: bit-identical logits, and one clear line for every file that is not right."""
 
 import json
+import math
+import resource
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ from torch import nn
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.checkpoint import FORMAT_VERSION
 from ptq4vit_plugin.errors import CheckpointError, PTQ4ViTError
+from ptq4vit_plugin.record import TwinTrial, attach, record_of
 
 RECIPE = {"name": "vit_tiny_patch16_224", "args": {**ARGS, "depth": 1}}
 ALLOWED = ("nncf.*", "ptq4vit_plugin.*")
@@ -194,6 +197,41 @@ def test_unwritable_place_and_nothing_half_written(quantized, tmp_path, monkeypa
         ptq.save(quantized, before)
     assert before.read_text() == "earlier"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m.safetensors"]
+
+
+def test_a_disk_that_gets_full(quantized, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_text("earlier")
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, most))
+    try:
+        with pytest.raises(PTQ4ViTError) as caught:
+            ptq.save(quantized, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = str(caught.value)
+    assert message.startswith(f"output: cannot write '{path}': ") and "File too large" in message
+    assert "\n" not in message
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(path.name, "earlier")]
+
+
+def test_numbers_that_json_lacks(quantized, tmp_path):
+    record = record_of(quantized)
+    first, *others = record.ops
+    trial = TwinTrial(twin=math.inf, uniform=-math.inf, kept=False)
+    left = first.operands[0].model_copy(update={"twin": trial})
+    first = first.model_copy(
+        update={"operands": (left, first.operands[1]), "sqnr_db": math.inf, "seconds": -math.inf}
+    )
+    changed = record.model_copy(update={"ops": (first, *others)})
+    attach(quantized, changed)
+    try:
+        path = ptq.save(quantized, tmp_path / "m.safetensors", RECIPE)
+    finally:
+        attach(quantized, record)
+    with safe_open(path, "pt") as file:
+        json.loads(file.metadata()["ptq4vit"], parse_constant=pytest.fail)
+    assert record_of(ptq.load(path)) == changed
 
 
 class _KeepsBias(nn.Module):

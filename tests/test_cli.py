@@ -210,12 +210,20 @@ def test_a_bug_is_not_hidden(monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process on Windows")
-def test_ctrl_c_says_interrupted_and_exits_130(distribution, tmp_path):
-    """Ctrl-C in the middle of a command, here while an algorithm is being imported."""
+@pytest.mark.parametrize(
+    ("sent", "code", "said"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_signal_ends_a_command_in_order(distribution, tmp_path, sent, code, said):
+    """In the middle of a command, here while an algorithm is being imported."""
     folder = distribution(
         "slow",
         {"algorithms": {"slow": "slow_module:Slow"}},
-        {"slow_module": "import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(600)"},
+        {
+            "slow_module": "import pathlib, tempfile, time\n"
+            "with tempfile.TemporaryDirectory(dir='.', prefix='half'):\n"
+            "    pathlib.Path('started').touch()\n"
+            "    time.sleep(600)"
+        },
     )
     path = tmp_path / "config.yaml"
     path.write_text("{model: {name: vit}, data: {source: digits}, compression: slow}")
@@ -232,6 +240,7 @@ def test_ctrl_c_says_interrupted_and_exits_130(distribution, tmp_path):
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     stdout, stderr = running.communicate(timeout=60)
-    assert (running.returncode, stdout, stderr) == (130, "", "interrupted\n")
+    assert (running.returncode, stdout, stderr) == (code, "", said)
+    assert not list(tmp_path.glob("half*"))

@@ -10,7 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ptq4vit_plugin as ptq
+from ptq4vit_plugin import commands
 from ptq4vit_plugin.cli import app
+from ptq4vit_plugin.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = yaml.safe_load((ROOT / "examples" / "digits" / "ptq4vit.yaml").read_text())
@@ -108,14 +110,24 @@ def test_evaluate_repeats_the_measurement(finished, run):
     assert re.search(rf"logit SQNR\s+{metrics['sqnr_db']:.2f} dB", result.output)
 
 
-def test_describe_lists_every_op(finished, run):
+def test_evaluate_on_the_images_of_another_config_keeps_the_float_original(finished, run, tmp_path):
+    other = {"name": "vit_tiny_patch16_224", "args": {"img_size": 16, "patch_size": 8, "depth": 1}}
+    result = run("evaluate", finished, "--config", config_file(tmp_path, model=other))
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((finished / "results.json").read_text())["metrics"]
+    assert re.search(rf"logit SQNR\s+{metrics['sqnr_db']:.2f} dB", result.output)
+
+
+def test_describe_lists_every_op(finished, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # of no window: names stay whole in a pipe
     result = run("describe", finished / "model.safetensors")
     assert result.exit_code == 0
     for record in ptq.describe(ptq.load(finished / "model.safetensors")):
         assert record.name in result.output
 
 
-def test_plan_calibrates_nothing_and_shows_reasons(tmp_path, run):
+def test_plan_calibrates_nothing_and_shows_reasons(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     compression = {"algorithm": "ptq4vit", "ignored_scopes": ["head/linear/0"]}
     result = run("plan", config_file(tmp_path, compression=compression))
     assert result.exit_code == 0
@@ -127,6 +139,67 @@ def test_plan_calibrates_nothing_and_shows_reasons(tmp_path, run):
 def test_output_that_cannot_be_written(tmp_path, run):
     (tmp_path / "run").write_text("a file")
     assert_refused(run("quantize", config_file(tmp_path)), "cannot write", "run")
+
+
+def never(*_, **__):
+    raise AssertionError("calibrated in vain")
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        ({"split": "tset"}, ["tset"]),
+        ({"samples": 100_000}, ["100000"]),
+    ],
+)
+def test_what_evaluation_lacks_is_said_before_calibration(
+    tmp_path, run, monkeypatch, evaluation, words
+):
+    monkeypatch.setattr(commands, "quantize_model", never)
+    data = {**CONFIG["data"], "evaluation": evaluation}
+    assert_refused(run("quantize", config_file(tmp_path, data=data)), *words)
+
+
+def unlabelled(folder):
+    """A data section for a flat folder of four images."""
+    (folder / "images").mkdir()
+    for index in range(4):
+        Image.new("RGB", (20, 20), (40 * index, 9, 9)).save(folder / "images" / f"{index}.png")
+    return {
+        "source": "folder",
+        "root": str(folder / "images"),
+        "calibration": {"split": ".", "samples": 4},
+        "evaluation": {"split": "."},
+    }
+
+
+def test_without_labels_a_model_is_quantized_and_not_evaluated(tmp_path, run, monkeypatch):
+    data = unlabelled(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "quantize_model", never)
+        assert_refused(run("quantize", config_file(tmp_path, data=data)), "evaluation: null")
+    result = run("quantize", config_file(tmp_path, data={**data, "evaluation": None}))
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"] is None
+    assert (tmp_path / "run" / "report.html").exists()
+    assert ptq.describe(ptq.load(tmp_path / "run"))
+    assert_refused(run("evaluate", tmp_path / "run"), "data.evaluation: null")
+    promise = {"algorithm": "ptq4vit", "accuracy": {"max_drop": 1}}
+    path = config_file(tmp_path, data={**data, "evaluation": None}, compression=promise)
+    assert_refused(run("quantize", path), "data.evaluation: null")
+
+
+def test_an_evaluation_that_fails_loses_nothing(tmp_path, run, monkeypatch):
+    def fail(*_):
+        raise DataError("image 7 is not finite")
+
+    monkeypatch.setattr(commands, "evaluate_with", fail)
+    file = tmp_path / "moved" / "model.safetensors"
+    result = run("quantize", config_file(tmp_path), "--output", file.parent)
+    assert_refused(result, "image 7 is not finite", f"the quantized model is saved: {file}")
+    assert ptq.describe(ptq.load(file))
+    saved = ptq.checkpoint.read_metadata(file).extra["config"]
+    assert saved["output"] == str(file.parent)  # where it is, and not where the file said
 
 
 def test_unreadable_image_in_a_folder(tmp_path, run):

@@ -1,7 +1,11 @@
 """The report of a run folder, and what the record keeps for it."""
 
+import io
 import json
+import logging
+import math
 import re
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,10 +21,12 @@ from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.cli import app
 from ptq4vit_plugin.evaluation import Metrics
+from ptq4vit_plugin.files import json_text
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
 from ptq4vit_plugin.quantizers.uniform import Uniform
 from ptq4vit_plugin.record import record_of
 from ptq4vit_plugin.reporting import report
+from ptq4vit_plugin.reporting.events import event, json_lines, nncf_messages
 
 WHOLE = Grouping((1, 1, 1, 1))
 
@@ -139,6 +145,53 @@ def test_folders_that_are_no_run(run, tmp_path):
     assert not (run / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seconds", [1]), ("environment", None), ("checkpoint", {}), ("metrics", {"top1": 1.0})],
+)
+def test_results_that_are_damaged(run, key, value):
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**results, key: value}))
+    done = call("report", run)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert "damaged" in done.stderr and key in done.stderr
+
+
+def test_a_run_without_evaluation_has_a_report(run):
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**results, "metrics": None}))
+    done = call("report", run)
+    assert done.exit_code == 0, done.output
+    html = (run / "report.html").read_text()
+    assert html.count("<svg") == 4 and "Accuracy" not in html and "images/s" not in html
+
+
+def test_noise_that_is_none_or_everything(run):
+    """An op's SQNR is infinite then; JSON has no such number."""
+    results = json.loads((run / "results.json").read_text())
+    for op, value in zip(results["calibration"]["ops"], (math.inf, -math.inf), strict=False):
+        op["sqnr_db"] = value
+    results["metrics"]["sqnr_db"] = math.inf
+    text = json_text(results)
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"]["sqnr_db"] == "Infinity"
+    (run / "results.json").write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.write_report(run)
+    html = (run / "report.html").read_text()
+    assert "<td>logit SQNR</td>" in html and "inf dB" in html
+
+
+def test_events_are_json_whatever_they_say():
+    stream = io.StringIO()
+    values = [math.inf, -math.inf, math.nan, 1e300, 3]
+    with json_lines(stream):
+        event("op", sqnr_db=math.inf, more={"values": tuple(values), "none": None})
+    found = json.loads(stream.getvalue(), parse_constant=pytest.fail)
+    assert float(found["sqnr_db"]) == math.inf and found["more"]["none"] is None
+    assert [float(value) for value in found["more"]["values"]] == pytest.approx(values, nan_ok=True)
+
+
 def test_output_sqnr_is_that_of_the_product():
     torch.manual_seed(0)
     gemm = Gemm(torch.randn(2, 1, 5, 4), torch.randn(1, 1, 4, 3), None, None)
@@ -188,3 +241,16 @@ def test_histograms_count_like_numpy(source):
     expected, _ = np.histogram(x.numpy(), np.array(found.edges))
     assert np.abs(expected - found.counts).sum() <= 0.01 * x.numel()
     assert histogram(x, "activation") is None
+
+
+def test_nncf_logs_to_standard_error_while_a_command_runs(capsys):
+    log = logging.getLogger("nncf")
+    streams = [getattr(handler, "stream", None) for handler in log.handlers]
+    with nncf_messages():
+        log.warning("one")
+    with nncf_messages(quiet=True):
+        log.warning("two")
+        log.error("three")
+    said = capsys.readouterr()
+    assert said.out == "" and "one" in said.err and "three" in said.err and "two" not in said.err
+    assert [getattr(handler, "stream", None) for handler in log.handlers] == streams

@@ -21,9 +21,10 @@ import yaml
 from models import images
 from typer.testing import CliRunner
 
+from ptq4vit_plugin import commands
 from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.cli import app
-from ptq4vit_plugin.errors import ConfigError
+from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.pipeline import plan
 from ptq4vit_plugin.reporting import results as tables
@@ -33,6 +34,7 @@ IMAGENET = ROOT / "examples" / "imagenet"
 BITS = {
     f"W{k}A{k}": {"compression.weights.bits": k, "compression.activations.bits": k} for k in (8, 6)
 }
+KEYS = [(50.0, "a"), (51.0, "c"), (52.0, "a")]
 ARGS = {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}
 
 
@@ -119,6 +121,10 @@ def test_only_and_set(tmp_path):
         (["bits"], [], "--only bits: allowed: key=value"),
         ([], ["compression.weigths.bits=8"], r"W8A8.*weigths: unknown key.*did you mean 'weights'"),
         ([], ["model.name.x=1"], "'name' is 'vit_tiny_patch16_224' and has no keys"),
+        ([], ["data.root"], "--set data.root: allowed: key=value"),
+        ([], ["data.root=["], r"^--set data.root=\[: not valid YAML: [^\n]+$"),
+        ([], ["data.root=2024-02-31"], "--set data.root=2024-02-31: not valid YAML: day"),
+        ([], ["model.name=2024-02-28"], "grid.model.name: 2024-02-28; .* needs quotes"),
     ],
 )
 def test_bad_restrictions(tmp_path, only, overrides, message):
@@ -133,6 +139,8 @@ def test_bad_restrictions(tmp_path, only, overrides, message):
         ({"base": {}, "gird": {}}, "gird: unknown key.*did you mean 'grid'"),
         ({"base": {}, "grid": {"a": 3}}, "grid.a: .*an axis is a list of values"),
         ({"base": {}, "grid": {}}, "grid: "),
+        ({"base": {}, "grid": {"bits": BITS, "a": []}}, r"grid.a: \[\]; .* at least one value"),
+        ({"base": {}, "grid": {"a": {}}}, r"grid.a: \{\}; .* at least one value"),
         ([1], "allowed: a mapping with base, grid"),
     ],
 )
@@ -162,13 +170,46 @@ def test_lines_of_several_processes_stay_whole(tmp_path):
 
 def test_a_line_that_was_cut_off_is_skipped_and_spoils_no_other(tmp_path):
     path = tmp_path / "results.jsonl"
-    sweeps.append(path, {"key": "a", "value": 1})
+    first, second, third = ({**result("m", "ptq4vit", 8, top1), "key": key} for top1, key in KEYS)
+    sweeps.append(path, first)
     with open(path, "a") as file:
         file.write('{"key": "b", "val')
     assert [row["key"] for row in sweeps.results(path)] == ["a"]
-    sweeps.append(path, {"key": "c"})
-    sweeps.append(path, {"key": "a", "value": 2})
-    assert sweeps.results(path) == [{"key": "a", "value": 2}, {"key": "c"}]
+    sweeps.append(path, second)
+    sweeps.append(path, third)
+    assert sweeps.results(path) == [third, second]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("# PTQ4ViT\n\nA plugin.\n", "line 1: not JSON"),
+        ('{\n  "metrics": {}\n}\n', "line 2: not JSON"),
+        ('{"metrics": {}, "seconds": {}}', "line 1: key: Field required"),
+        ('\n{"key": "a"}\n', "line 2: cell: Field required"),
+        ("[1]\n", "line 1: Input should be"),
+    ],
+)
+def test_files_of_something_else_are_told(tmp_path, content, message):
+    path = tmp_path / "file"
+    path.write_text(content)
+    done = call("table", path)
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"error: {path}, {message}") and "results.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", '{"key": "a", "mod'])
+def test_files_without_a_result_are_told(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_text(content)
+    done = call("table", path)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {path}: has no result") and done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_told():
+    with pytest.raises(PTQ4ViTError, match="^output: cannot write '/dev/full': No space left on d"):
+        sweeps.append(Path("/dev/full"), {"key": "a"})
 
 
 def test_killed_and_restarted_no_cell_is_lost_or_repeated(tmp_path):
@@ -243,6 +284,33 @@ def test_a_cell_that_fails_is_told_and_tried_again(tmp_path):
         assert len(rows(tmp_path)) == 1
 
 
+def test_a_bug_in_one_cell_leaves_the_others(tmp_path, monkeypatch):
+    original = commands.float_model
+
+    def fail(config):
+        if config.model.name.startswith("deit"):
+            return {}["missing"]
+        return original(config)
+
+    monkeypatch.setattr(commands, "float_model", fail)
+    content = tiny(tmp_path)
+    content["grid"] = {
+        "model.name": ["deit_tiny_patch16_224", "vit_tiny_patch16_224"],
+        "compression.algorithm": ["base_ptq"],
+    }
+    done = call("sweep", write(tmp_path, content))
+    assert done.exit_code == 2 and "1 of 2 cells failed" in done.stderr
+    assert "failed: deit_tiny_patch16_224 base_ptq: KeyError: 'missing'" in done.stderr
+    assert 'return {}["missing"]' in done.stderr  # where it happened
+    assert [row["model"] for row in rows(tmp_path)] == ["vit_tiny_patch16_224"]
+
+
+def test_published_numbers_are_read_before_the_cells_run(tmp_path):
+    done = call("sweep", write(tmp_path, tiny(tmp_path, published="none.csv")))
+    assert done.exit_code == 2 and "published: 'none.csv' cannot be read" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_folder_can_be_run_again(tmp_path):
     content = tiny(tmp_path)
     content["grid"] = {
@@ -272,11 +340,14 @@ def result(model, algorithm, bits, top1, parts=None, **labels):
         "samples": 32,
         "metrics": {
             "top1": top1,
+            "top5": None,
+            "loss": 1.0,
             "top1_interval": [top1 - 1, top1 + 1],
             "reference_top1": 81.0,
             "agreement": 99.0,
             "sqnr_db": "Infinity",
             "images": 100,
+            "images_per_second": 5.0,
         },
         "seconds": {"calibration": 60.0, "evaluation": 2.0},
     }
@@ -328,6 +399,13 @@ def test_an_axis_of_ones_own_is_a_column():
     assert lines[3] == "| m | 1 | 81.00 | 51.00 |"
 
 
+def test_results_of_a_sweep_that_got_another_axis():
+    rows = [result("m", "ptq4vit", 8, 50.0), result("m", "ptq4vit", 8, 51.0, seed="7")]
+    lines = tables.markdown(tables.compare(rows, [])).splitlines()
+    assert lines[0] == "| model | seed | float | ptq4vit W8A8 |"
+    assert lines[2:] == ["| m |  | 81.00 | 50.00 |", "| m | 7 | 81.00 | 51.00 |"]
+
+
 def test_csv_and_latex(published):
     model = "deit_base_patch16_224.fb_in1k"
     compared = tables.compare([result(model, "ptq4vit", 6, 80.0, seed="a&b_c")], published)
@@ -339,12 +417,26 @@ def test_csv_and_latex(published):
     assert text.startswith(r"\begin{tabular}{lrr}") and text.endswith("\\end{tabular}\n")
 
 
-def test_published_file_that_is_none(tmp_path):
-    (tmp_path / "p.csv").write_text("model,top1\nx,1\n")
-    with pytest.raises(ConfigError, match="has no column activation_bits"):
-        tables.read_published(tmp_path / "p.csv")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        tables.read_published(tmp_path / "none.csv")
+COLUMNS = (
+    "timm_name,float_top1,algorithm,hessian,softmax_twin,gelu_twin,weight_bits,activation_bits"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("model,top1\nx,1\n", "has no column activation_bits"),
+        (f"{COLUMNS},top1\nm,,a,,,,8,8,1\n\nm,,a,,,,6,6,n/a\n", "line 4: top1: 'n/a'; allowed: a"),
+        (f"{COLUMNS},top1\nm,nan,a,,,,8,8,\n", "line 2: float_top1: 'nan'; allowed: a number, or"),
+    ],
+)
+def test_published_file_that_is_none(tmp_path, content, message):
+    path = tmp_path / "p.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=f"published: '{path}',? {message}"):
+        tables.read_published(path)
 
 
 # --- the paper's grids ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptq4vit_plugin.files import written_whole
+from ptq4vit_plugin.files import json_text, written_whole
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.record import OpRecord
 
@@ -56,7 +56,7 @@ class FinishedOps:
         state = {name: t.detach().cpu().contiguous() for name, t in shell.state_dict().items()}
         metadata = {"record": record.model_dump(), "nncf": nncf.torch.get_config(shell)}
         with written_whole(self._path(record.name)) as part:
-            save_file(state, part, {_KEY: json.dumps(metadata)})
+            save_file(state, part, {_KEY: json_text(metadata)})
 
     def load(self, op: str) -> tuple[OpRecord, dict[Place, nn.Module]] | None:
         """An op that was kept, or None."""

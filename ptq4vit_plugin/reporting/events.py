@@ -7,13 +7,14 @@ handler.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, TextIO
+
+from ptq4vit_plugin.files import json_text
 
 _LOG = logging.getLogger("ptq4vit_plugin.events")
 
@@ -27,8 +28,6 @@ def event(name: str, /, **fields: Any) -> None:
 def json_lines(stream: TextIO) -> Iterator[None]:
     """Write one JSON object per event and line while the context lasts: ``event``, ``time`` (UTC,
     ISO 8601) and the event's fields.
-
-    What NNCF logs goes to standard error meanwhile; it would go to standard output.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_JSONFormatter())
@@ -36,22 +35,37 @@ def json_lines(stream: TextIO) -> Iterator[None]:
     _LOG.addHandler(handler)
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False
-    others = [h for h in logging.getLogger("nncf").handlers if hasattr(h, "setStream")]
-    streams = [other.setStream(sys.stderr) for other in others]
     try:
         yield
     finally:
-        for other, before in zip(others, streams, strict=True):
-            if before is not None:  # None: it was standard error already
-                other.setStream(before)
         _LOG.removeHandler(handler)
         _LOG.setLevel(level)
         _LOG.propagate = propagate
 
 
+@contextmanager
+def nncf_messages(quiet: bool = False) -> Iterator[None]:
+    """While the context lasts, what NNCF logs goes to standard error, and only errors if `quiet`.
+
+    Standard output, where it would go, is for what a command was asked for.
+    """
+    log = logging.getLogger("nncf")
+    handlers = [h for h in log.handlers if hasattr(h, "setStream")]
+    streams, level = [h.setStream(sys.stderr) for h in handlers], log.level
+    if quiet:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for handler, before in zip(handlers, streams, strict=True):
+            if before is not None:  # None: it was standard error already
+                handler.setStream(before)
+
+
 class _JSONFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
-        return json.dumps(
+        return json_text(
             {"event": record.getMessage(), "time": time, **getattr(record, "fields", {})}
         )

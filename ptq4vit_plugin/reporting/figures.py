@@ -35,7 +35,7 @@ STYLE = {
 }
 #: Inches, for up to two dozen blocks and for more; the page is as wide as the latter.
 WIDTH, WIDE = 9.0, 11.25
-#: An SQNR to draw where there is no noise at all.
+#: An SQNR to draw where there is no noise at all; minus it, where there is nothing but noise.
 CEILING_DB = 100.0
 
 
@@ -99,7 +99,10 @@ def _sensitivity(ops: Sequence[OpRecord]) -> str:
     colours = [colour[role_of(op)] for op in ops]
     total = sum(op.objective_after for op in ops) or 1.0
     shares = [100 * op.objective_after / total for op in ops]
-    noise = [CEILING_DB if op.sqnr_db is None else min(op.sqnr_db, CEILING_DB) for op in ops]
+    noise = [
+        CEILING_DB if op.sqnr_db is None else max(-CEILING_DB, min(op.sqnr_db, CEILING_DB))
+        for op in ops
+    ]
     figure = Figure(figsize=(WIDTH if len(ops) <= 150 else WIDE, 4.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     place = range(len(ops))

@@ -8,10 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.evaluation import Metrics
@@ -22,6 +21,23 @@ from ptq4vit_plugin.reporting.tables import twin_trial
 REPORT = "report.html"
 NEEDED = ("matplotlib", "jinja2")
 WORST = 10
+
+
+class Checkpoint(BaseModel):
+    """The file that a run wrote."""
+
+    file: str
+    bytes: int
+
+
+class Results(BaseModel):
+    """What a run's ``results.json`` says; no metrics if there was nothing to evaluate on."""
+
+    metrics: Metrics | None
+    calibration: QuantizationRecord | None
+    seconds: dict[str, float] = {}
+    environment: dict[str, str] = {}
+    checkpoint: Checkpoint | None = None
 
 
 def missing() -> list[str]:
@@ -44,11 +60,9 @@ def write_report(folder: Path) -> Path:
         )
     folder = Path(folder)
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = Results.model_validate(content)
         config = (folder / "config.yaml").read_text(encoding="utf-8")
-        metrics = Metrics.model_validate(results["metrics"])
-        calibration = results["calibration"]
-        record = calibration and QuantizationRecord.model_validate(calibration)
         title = yaml.safe_load(config)["model"]["name"]
     except OSError as error:
         raise PTQ4ViTError(
@@ -57,18 +71,13 @@ def write_report(folder: Path) -> Path:
     except (ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError) as error:
         detail = " ".join(str(error).split())[:200]
         raise PTQ4ViTError(f"'{folder}': its results are damaged: {detail}") from error
+    html = page(title, results, config)
     with written_whole(folder / REPORT) as part:
-        part.write_text(page(title, metrics, record, results, config), encoding="utf-8")
+        part.write_text(html, encoding="utf-8")
     return folder / REPORT
 
 
-def page(
-    title: str,
-    metrics: Metrics,
-    record: QuantizationRecord | None,
-    results: dict[str, Any],
-    config: str,
-) -> str:
+def page(title: str, results: Results, config: str) -> str:
     """The page's HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -81,6 +90,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    metrics, record = results.metrics, results.calibration
     drawings = []
     worst = []
     if record is not None:
@@ -91,15 +101,15 @@ def page(
     return environment.get_template("report.html.j2").render(
         title=title,
         metrics=metrics,
-        rows=_accuracy(metrics),
+        rows=[] if metrics is None else _accuracy(metrics),
         record=record,
         bits=_bits(record),
         worst=worst,
         twins=_twins(record),
         floats=_floats(record),
         drawings=drawings,
-        costs=_costs(record, results),
-        environment=results.get("environment", {}),
+        costs=_costs(results),
+        environment=results.environment,
         config=config,
     )
 
@@ -164,9 +174,9 @@ def _floats(record: QuantizationRecord | None) -> list[tuple[str, str, str]]:
     return ops + operands
 
 
-def _costs(record: QuantizationRecord | None, results: dict[str, Any]) -> list[tuple[str, str]]:
-    seconds = results.get("seconds", {})
-    rows = [(f"{what}, with images and model", f"{t:.1f} s") for what, t in seconds.items()]
+def _costs(results: Results) -> list[tuple[str, str]]:
+    rows = [(f"{what}, with images and model", f"{t:.1f} s") for what, t in results.seconds.items()]
+    record = results.calibration
     if record is not None:
         rows.append(("search alone", f"{sum(op.seconds for op in record.ops):.1f} s"))
         evaluations = sum(op.evaluations for op in record.ops)
@@ -175,8 +185,9 @@ def _costs(record: QuantizationRecord | None, results: dict[str, Any]) -> list[t
         if record.peak_memory:
             peak = f"{record.peak_memory / 2**30:.2f} GiB"
             rows.append(("peak memory of the process, calibration", peak))
-    if "checkpoint" in results:
-        rows.append(("checkpoint", f"{results['checkpoint']['bytes'] / 2**20:.1f} MiB"))
-    speed = results["metrics"]["images_per_second"]
-    rows.append(("evaluation speed of the quantized model", f"{speed:.1f} images/s"))
+    if results.checkpoint is not None:
+        rows.append(("checkpoint", f"{results.checkpoint.bytes / 2**20:.1f} MiB"))
+    if results.metrics is not None:
+        speed = results.metrics.images_per_second
+        rows.append(("evaluation speed of the quantized model", f"{speed:.1f} images/s"))
     return rows

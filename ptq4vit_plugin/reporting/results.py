@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,19 +95,27 @@ def read_published(path: Path | None) -> list[dict[str, str]]:
     Raises
     ------
     ConfigError
-        It cannot be read or lacks a column.
+        It cannot be read, lacks a column, or an accuracy is no number.
     """
     if path is None:
         return []
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            numbered = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"published: '{path}' cannot be read: {error}") from error
-    missing = sorted(_COLUMNS - set(rows[0] if rows else ()))
+    missing = sorted(_COLUMNS - set(reader.fieldnames or ()))
     if missing:
         raise ConfigError(f"published: '{path}' has no column {', '.join(missing)}")
-    return rows
+    for number, row in numbered:
+        for column in ("top1", "float_top1"):
+            if not _is_number(row.get(column)):
+                raise ConfigError(
+                    f"published: '{path}', line {number}: {column}: '{row[column]}'; allowed: a "
+                    "number, or nothing"
+                )
+    return [row for _, row in numbered]
 
 
 def compare(results: Sequence[dict[str, Any]], published: Sequence[dict[str, str]]) -> list[Row]:
@@ -231,9 +240,11 @@ def _layout(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     bits. Methods that are parts of PTQ4ViT are lines, as in the paper's ablation."""
     ablation = any(_is_partial(row.algorithm, row.parts) for row in rows)
     columns = sorted({_column(row, ablation) for row in rows}, key=_order)
+    # A sweep that was edited has appended to the results of the one before, with other axes.
+    axes = list(dict.fromkeys(axis for row in rows for axis in row.labels))
     varying = [
         axis
-        for axis in (rows[0].labels if rows else ())
+        for axis in axes
         if len({row.labels.get(axis) for row in rows}) > 1 and not _in_column(rows, axis, ablation)
     ]
     samples = len({row.samples for row in rows}) > 1
@@ -297,6 +308,14 @@ def _beside(ours: float | None, published: float | None) -> str:
 
 def _number(value: Any) -> float | None:
     return None if value in (None, "") else float(value)
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        value = _number(text)
+    except ValueError:
+        return False
+    return value is None or math.isfinite(value)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -9,7 +9,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ptq4vit_plugin as ptq
+from ptq4vit_plugin import registry
 from ptq4vit_plugin.cli import app
+from ptq4vit_plugin.errors import RegistryError
 
 
 @pytest.fixture
@@ -57,6 +59,46 @@ def test_export_fails_in_one_line(checkpoint, arguments, message):
     done = run("export", checkpoint, *arguments)
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert sorted(checkpoint.parent.iterdir()) == before
+
+
+def test_a_checkpoint_is_never_overwritten(checkpoint):
+    before = checkpoint.read_bytes()
+    done = run("export", checkpoint, "--output", checkpoint)
+    assert done.exit_code == 2 and "is a checkpoint, not an export" in done.stderr
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", [None, "."])
+def test_names_with_dots_and_folders(checkpoint, monkeypatch, output):
+    monkeypatch.chdir(checkpoint.parent)
+    checkpoint = checkpoint.rename(checkpoint.with_name("deit.fb_in1k.safetensors"))
+    done = run("export", checkpoint, *(["--output", output] if output else []))
+    assert done.exit_code == 0, done.output
+    name = "model-integer" if output else "deit.fb_in1k-integer"
+    assert (checkpoint.parent / f"{name}.safetensors").exists()
+    assert (checkpoint.parent / "results.json").exists()
+
+
+def test_each_kind_of_file_names_the_command_for_it(checkpoint, image):
+    exported = _exported(checkpoint)
+    for command in ("describe", "evaluate", "export"):
+        done = run(command, exported)
+        assert done.exit_code == 2 and "ptq4vit run" in done.stderr, done.output
+    assert "ptq4vit export" in run("run", checkpoint, image).stderr
+
+
+def test_a_runtime_that_is_not_installed_hinders_no_other(checkpoint, image, monkeypatch):
+    exported, load = _exported(checkpoint), registry.load
+
+    def without_others(group, name):
+        if name != "integer":
+            raise RegistryError(f"exporter '{name}' does not load")
+        return load(group, name)
+
+    monkeypatch.setattr(registry, "load", without_others)
+    assert run("run", exported, image).exit_code == 0
+    refused = run("run", "model.pt", image).stderr
+    assert "(integer)" in refused and "'onnx' does not load" in refused
 
 
 def test_run_prints_the_classes_of_the_model(checkpoint, image, quantized):
