@@ -401,6 +401,33 @@ def test_fast_tries_all_candidates_again_when_the_other_scale_has_moved(monkeypa
     assert fast.after <= best.after * 1.001
 
 
+@pytest.mark.parametrize("strategy", ["fast", "exhaustive"])
+@pytest.mark.parametrize("metric", ["hessian", "mse"])
+def test_as_many_heads_as_columns_are_still_heads(strategy, metric):
+    """As in Swin-B's last stage, 32 heads of 32: each ends as it does in a product of its own."""
+    heads, g = 8, torch.Generator().manual_seed(0)
+    a, b = normal(g, 32, heads, 64, 16), normal(g, 32, heads, 16, heads)
+    fisher = normal(g, 32, heads, 64, heads).square()
+    fisher *= torch.exp(2 * normal(g, 32, heads, 64, 1))
+
+    def searched(some):
+        some = list(some)
+        op = Gemm(a[:, some], b[:, some], None, fisher[:, some])
+        left, right = (Uniform(8, Grouping((1, len(some), 1, 1)), SearchRange()) for _ in "ab")
+        left.observe(op.a)
+        right.observe(op.b)
+        return search(op, left, right, metric=metric, strategy=strategy)
+
+    together = searched(range(heads))
+    for head in range(heads):
+        alone = searched([head])
+        for found, expected in (
+            (together.a_index, alone.a_index),
+            (together.b_index, alone.b_index),
+        ):
+            assert int(found[0, head]) == int(expected)
+
+
 @pytest.mark.parametrize("quantized, rounds", [(False, 3), (True, 1)])
 def test_fast_is_rough_only_with_what_it_searches_again(quantized, rounds, monkeypatch):
     monkeypatch.setattr(elimination, "AHEAD", 0)

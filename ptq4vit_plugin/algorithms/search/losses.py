@@ -180,7 +180,7 @@ class Losses:
         assert quantizer is not None
         count, columns = which.sum(0).flatten(), problem.output.shape[3]
         apart = quantizer.grouping.blocks == 0 and not is_angle(problem.metric)
-        if len(count) != columns or columns == 1 or not apart:
+        if not len(count) == columns == which.shape[-1] > 1 or not apart:
             yield problem, None
             return
         problem.fixed("a", self.choice["a"])  # once for all parts
