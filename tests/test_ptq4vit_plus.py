@@ -5,11 +5,13 @@ import timm
 import torch
 
 import ptq4vit_plugin as ptq
+from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
+from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.nncf.streams import run_side_by_side
+from ptq4vit_plugin.integrations.nncf.streams import Images, find_images, run_side_by_side
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 from ptq4vit_plugin.record import record_of
 
@@ -91,7 +93,7 @@ def test_side_by_side_gives_float_targets_and_changed_inputs(net, images):
         first = len(seen) == 1
         return what.target * (2 if first else 1)
 
-    run_side_by_side(model, data, ops, visit)
+    run_side_by_side(model, data, ops, visit, find_images(model, data[0], ops))
     assert list(seen) == [op.name for op in ops]
     with torch.no_grad():
         expected = net(images[:4])
@@ -200,6 +202,72 @@ def test_ridge_moves_weights_off_their_nearest_levels_and_stays_close(net, image
     assert sqnr(moved, net, unseen) > sqnr(nearest, net, unseen) - 3
 
 
+class Tokens(torch.nn.Module):
+    """An MLP on tokens, which lie as in `nn.MultiheadAttention`: behind each other, or as rows."""
+
+    def __init__(self, layout):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layout = layout
+        self.fc1, self.fc2 = torch.nn.Linear(12, 24), torch.nn.Linear(24, 12)
+        self.head = torch.nn.Linear(12, 5)
+
+    def forward(self, x):
+        y = x if self.layout == "BLC" else x.transpose(0, 1)
+        y = y.flatten(0, 1) if self.layout == "rows" else y
+        y = self.fc2(torch.nn.functional.gelu(self.fc1(y)))
+        y = y.unflatten(0, (-1, len(x))) if self.layout == "rows" else y
+        return self.head((y if self.layout == "BLC" else y.transpose(0, 1)).mean(1))
+
+
+@pytest.mark.parametrize(("layout", "place"), [("LBC", Images(1)), ("rows", Images(0, inner=True))])
+def test_compensation_does_not_depend_on_where_the_images_lie(layout, place):
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(4, 9, 12, generator=generator) for _ in range(3)]
+    model = hooks.wrap(Tokens(layout).eval())
+    ops, _ = find_ops(hooks.trace(model, data[0]), 4)
+    places = find_images(model, batches(data)[0], ops)
+    assert places == {
+        "fc1/linear/0": place,
+        "fc2/linear/0": place,
+        "head/linear/0": Images(),
+    }
+    with torch.no_grad():
+        expected = ptq.quantize(Tokens("BLC").eval(), data, config(4))(data[0])
+        found = ptq.quantize(Tokens(layout).eval(), data, config(4))(data[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [Images(), Images(1), Images(0, inner=True)])
+def test_images_in_front_and_back_again(place):
+    x = torch.arange(6 * 4 * 3.0).view(6, 4, 3)
+    count = 2
+    front = place.first(x, count)
+    assert front.shape[0] % count == 0
+    assert torch.equal(place.back(front, count), x)
+
+
+class TwoHeads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Linear(8, 12)
+        self.a, self.b = torch.nn.Linear(12, 3), torch.nn.Linear(12, 5)
+
+    def forward(self, x):
+        y = torch.nn.functional.gelu(self.body(x))
+        return self.a(y), self.b(y)
+
+
+def test_a_head_that_the_loss_does_not_see_keeps_a_sensible_bias():
+    model, x = TwoHeads().eval(), torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    quantized = ptq.quantize(model, [x], config(8))
+    with torch.no_grad():
+        for found, expected in zip(quantized(x), model(x), strict=True):
+            assert logit_sqnr(expected, found) > 25
+    assert (quantized.b.bias - model.b.bias).abs().max() < 0.05
+
+
 class MixesImages(torch.nn.Module):
     """Attention without heads, as in timm's CSATv2: keys of all images, for every image."""
 
@@ -212,7 +280,11 @@ class MixesImages(torch.nn.Module):
         return self.head((q @ k.transpose(-1, -2)).softmax(-1) @ v)
 
 
-def test_a_model_that_mixes_the_images_of_a_batch_is_refused():
+def test_a_model_that_mixes_the_images_of_a_batch_is_refused_before_the_search(monkeypatch):
+    def never(*_):
+        raise AssertionError("searched in vain")
+
+    monkeypatch.setattr(ScaleSearch, "apply", never)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ModelError, match="matmul.*images of a batch.*algorithm: ptq4vit"):
         ptq.quantize(MixesImages().eval(), [x], {"algorithm": "ptq4vit_plus", "fold": {}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,12 @@ from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import Batch, in_parts, token_weights
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.nncf.streams import Seen, run_side_by_side
+from ptq4vit_plugin.integrations.nncf.streams import (
+    Images,
+    Seen,
+    find_images,
+    run_side_by_side,
+)
 from ptq4vit_plugin.plan import FoundOp
 
 #: One image in so many is held out when a damping is chosen.
@@ -105,14 +110,8 @@ class Compensate(CalibratedAlgorithm, Repairs):
             ops, _ = find_ops(graph, len(first), buffers)
             # A weight or bias that is computed in forward cannot be written to.
             ops = [op for op in ops if op.kind == "matmul" or op.sources[1].parameter]
-            weighed = [op for op in ops if op.kind != "matmul"]
-            importance = (
-                token_weights(module, in_parts(data, ops, len(first)), weighed, self.gradient)
-                if self.gradient
-                else {}
-            )
-            # Squared gradients are so uneven that a few dozen tokens would decide everything.
-            importance = {name: weight.sqrt() for name, weight in importance.items()}
+            places = find_images(module, first, ops)
+            importance = self._importance(module, data, ops, places)
             shared = _shared_parameters(ops)
             exchanged: list[tuple[nn.Module, nn.Module]] = []
 
@@ -130,7 +129,7 @@ class Compensate(CalibratedAlgorithm, Repairs):
                     for port, x in sorted(seen.inputs.items())
                 ]
                 if op.kind == "matmul":
-                    return _multiplied(op, *inputs)
+                    return torch.matmul(*inputs)
                 name = op.sources[1].parameter
                 quantizer = quantizers.get((name, None))
                 fixed = name in shared or op.convolution.get("groups", 1) > 1
@@ -141,9 +140,29 @@ class Compensate(CalibratedAlgorithm, Repairs):
                         exchanged.append((quantizer, changed))
                 return layer.output()
 
-            run_side_by_side(module, data, ops, visit)
+            run_side_by_side(module, data, ops, visit, places)
         for old, new in exchanged:
             hooks.replace(module, old, new)
+
+    def _importance(
+        self,
+        module: nn.Module,
+        data: Sequence[Batch],
+        ops: Sequence[FoundOp],
+        places: Mapping[str, Images],
+    ) -> dict[str, Tensor]:
+        """Weights of the tokens of ops, image after image; none where no token has any."""
+        if self.gradient is None:
+            return {}
+        weights = token_weights(
+            module,
+            in_parts(data, ops, len(data[0])),
+            [op for op in ops if op.kind != "matmul"],
+            self.gradient,
+            lambda name, x, images: places[name].first(x, images),
+        )
+        # Squared gradients are so uneven that a few dozen tokens would decide everything.
+        return {name: weight.sqrt() for name, weight in weights.items() if weight.any()}
 
     def _treat(self, layer: _Layer, images: int) -> nn.Module | None:
         """Fit one layer; returns the quantizer that its weight needs now, if it is another one."""
@@ -275,15 +294,6 @@ def _new_range(
     else:
         return quantizer
     return best_range(quantizer, x.transpose(0, 1).flatten(1, 2), columns, weight, images)
-
-
-def _multiplied(op: FoundOp, x: Tensor, y: Tensor) -> Tensor:
-    if x.shape[-1] != y.shape[-2]:
-        raise ModelError(
-            f"compensate: {op.name} multiplies the images of a batch with each other, so that the "
-            "float and the quantized model cannot run side by side; use algorithm: ptq4vit"
-        )
-    return torch.matmul(x, y)
 
 
 def _through(quantizer: nn.Module | None, x: Tensor) -> Tensor:

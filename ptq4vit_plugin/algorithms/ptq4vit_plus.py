@@ -12,7 +12,9 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.algorithms.settings import Activations, QuantizerName, Twin, TwinChoice
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.nncf.streams import find_images
 
 
 class PlusActivations(Activations):
@@ -62,8 +64,12 @@ class PTQ4ViTPlus(ScaleSearch):
         if any(dict(self.fold).values()):
             FoldNorms(**dict(self.fold)).fold(module, data)
         graph = hooks.trace(module, data[0].to(module).example)
+        repairs = any(dict(self.compensate).values())
+        if repairs:  # refused here, a model that mixes images is not searched in vain
+            buffers = {name for name, _ in module.named_buffers()}
+            find_images(module, data[0], find_ops(graph, len(data[0]), buffers)[0])
         super().apply(model, graph, dataset=data)
-        if any(dict(self.compensate).values()):
+        if repairs:
             gradient = self.gradient if self.metric == "hessian" else None
             Compensate(**dict(self.compensate), gradient=gradient).compensate(module, data)
         return model

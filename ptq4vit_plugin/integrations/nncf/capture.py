@@ -74,6 +74,27 @@ class Batch:
             images = torch.arange(start, min(start + size, len(self)))
             yield replace(self.of(images), first=self.first + start)
 
+    def joined(self, other: Batch) -> Batch:
+        """The images of both.
+
+        Raises
+        ------
+        RuntimeError
+            They differ in size.
+        """
+
+        def join(value: Any, more: Any) -> Any:
+            per_image = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
+            return torch.cat([value, more]) if per_image else value
+
+        labelled = self.labels is not None and other.labels is not None
+        return replace(
+            self,
+            args=tuple(map(join, self.args, other.args)),
+            kwargs={key: join(value, other.kwargs[key]) for key, value in self.kwargs.items()},
+            labels=torch.cat([self.labels, other.labels]) if labelled else None,
+        )
+
     def __len__(self) -> int:
         return next(len(v) for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
 
@@ -134,6 +155,26 @@ def batches(dataset: Any) -> list[Batch]:
     if not result:
         raise DataError("the calibration set is empty; give at least one batch of images")
     return result
+
+
+def with_two_images(data: Sequence[Batch]) -> list[Batch]:
+    """The same batches, with two images at least in the first, by which a model is traced.
+
+    One image alone does not tell a dimension (image, head) from one of heads. If there is no other
+    of its size it is taken twice, which weighs nothing else.
+    """
+    first, *rest = data
+    if len(first) > 1:
+        return list(data)
+    if rest and _shapes(rest[0]) == _shapes(first):
+        return [first.joined(rest[0]), *rest[1:]]
+    return [first.joined(first), *rest]
+
+
+def _shapes(batch: Batch) -> list[Any]:
+    """Of an image."""
+    values = (*batch.args, *batch.kwargs.values())
+    return [v.shape[1:] if isinstance(v, Tensor) else None for v in values]
 
 
 def _items(dataset: Any) -> Iterator[tuple[Any, Any]]:
@@ -288,7 +329,17 @@ def with_gradient(y: Tensor, see: Callable[[Tensor], None]) -> Tensor | None:
 
     Parameters are frozen: autograd follows the forward pass from the first value that is watched,
     not from the images. Then that is a copy, because what comes next may write in place.
+
+    Raises
+    ------
+    ModelError
+        The model has switched gradients off.
     """
+    if not torch.is_grad_enabled():
+        raise ModelError(
+            "the model runs some of its ops under torch.no_grad(), where nothing can be weighed by "
+            "a gradient; take that out of its forward, or use a metric without gradient, 'mse'"
+        )
     first = None if y.requires_grad else y.detach().requires_grad_().clone()
     # A tensor hook, unlike torch.autograd.grad, still speaks of this value when the model goes on
     # to write into it in place (an in-place activation function, a residual added in place). What
@@ -298,9 +349,18 @@ def with_gradient(y: Tensor, see: Callable[[Tensor], None]) -> Tensor | None:
 
 
 def token_weights(
-    model: nn.Module, data: Sequence[Batch], ops: Iterable[FoundOp], gradient: Gradient
+    model: nn.Module,
+    data: Sequence[Batch],
+    ops: Iterable[FoundOp],
+    gradient: Gradient,
+    in_order: Callable[[str, Tensor, int], Tensor] = lambda name, x, images: x,
 ) -> dict[str, Tensor]:
     """How much the loss depends on every token of an op: its mean squared gradient at the output.
+
+    Parameters
+    ----------
+    in_order
+        Puts the images of a batch in front in what has an entry per token of a named op.
 
     Returns
     -------
@@ -310,13 +370,13 @@ def token_weights(
     kept: dict[str, list[Tensor]] = {op.name: [] for op in ops}
 
     def add(total: Tensor, part: Tensor) -> None:
-        total.add_(part.flatten())
+        total.add_(part)
 
     def keep(op: FoundOp) -> Callable[[Tensor], Tensor | None]:
         channel = 1 if op.kind == "conv2d" else -1
 
         def see(y: Tensor) -> Tensor | None:
-            total = torch.zeros_like(y.detach().movedim(channel, -1)[..., 0].float()).flatten()
+            total = torch.zeros_like(y.detach().movedim(channel, -1)[..., 0].float())
             kept[op.name].append(total)
             return with_gradient(y, lambda grad: add(total, grad.float().square().mean(channel)))
 
@@ -327,7 +387,16 @@ def token_weights(
             with torch.enable_grad():
                 result = run(model, batch.to(model))
                 backward(outputs_of(model, result), gradient, batch)
-    return {name: torch.cat(parts) for name, parts in kept.items() if parts}
+    return {
+        name: torch.cat(
+            [
+                in_order(name, part, len(batch)).flatten()
+                for part, batch in zip(parts, data, strict=True)
+            ]
+        )
+        for name, parts in kept.items()
+        if parts
+    }
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
@@ -432,6 +501,11 @@ def backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
         )
     if not any(output.requires_grad for output in outputs.tensors):
         return  # they depend on no op that is recorded
+    if not all(output.isfinite().all() for output in outputs.tensors):
+        raise ModelError(
+            "the model's output for the calibration images has NaN or infinite values; its weights "
+            "are damaged, or its data type is too narrow"
+        )
     random = generators(gradient.seed, batch.first, len(outputs.tensors[0]))
     for probe in range(gradient.probes):
         if gradient.kind == "output" or not outputs.are_logits:
