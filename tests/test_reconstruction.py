@@ -235,8 +235,9 @@ def test_the_whole_model_learns_from_new_variations_in_every_step(monkeypatch):
     monkeypatch.setattr(reconstruct, "varied", recorded)
     config = [SEARCH, {**LEARN, "iterations": 0, "finish": 5}]
     ptq.quantize(small_vit(1), images(4, 4), config)
-    assert [len(x) for x in drawn] == [6] * 5
-    assert len({float(x.double().sum()) for x in drawn}) == 5
+    # First those by which it is judged, with the 4 images that are held out: 64 in all.
+    assert [len(x) for x in drawn] == [4] * 15 + [6] * 5
+    assert len({float(x.double().sum()) for x in drawn}) == 20
 
 
 def test_what_is_no_image_is_learned_from_as_it_is(monkeypatch):
@@ -350,19 +351,22 @@ def seen_blocks(events):
 
 
 @torch.no_grad()
-def held_out_error(model, reference, data):
-    """Squared error of the logits of every fourth image."""
-    x = torch.cat(data)[3::4]
+def held_out_error(model, reference, data, views=()):
+    """Squared error of the logits of every fourth image, and of variations."""
+    x = torch.cat([torch.cat(data)[3::4], *views])
     return float((model(x) - reference(x)).square().mean())
 
 
 def test_no_block_gets_worse_on_held_out_images(learned):
     model, data, start, result, events = learned
+    generator = torch.Generator().manual_seed(4)  # blocks before the whole model
+    views = [varied(torch.cat(data)[3::4], generator) for _ in range(15)]
     assert list(events) == ["patch_embed.proj", "blocks.0", "blocks.1", "head", ""]
     assert all(block["after"] <= block["before"] for block in events.values())
     assert any(block["after"] < block["before"] for block in events.values())
-    assert held_out_error(result, model, data) == pytest.approx(events[""]["after"], rel=1e-3)
-    assert held_out_error(result, model, data) < held_out_error(start, model, data)
+    after = held_out_error(result, model, data, views)
+    assert after == pytest.approx(events[""]["after"], rel=1e-3)
+    assert after < held_out_error(start, model, data, views)
 
 
 def test_the_result_is_an_ordinary_model_with_weights_on_their_levels(learned, tmp_path):

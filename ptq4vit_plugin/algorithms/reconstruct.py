@@ -26,6 +26,8 @@ from ptq4vit_plugin.reporting.progress import progress
 
 #: One image in so many is held out: it decides what is kept.
 HELD_OUT = 4
+#: By how many images, variations of the held-out ones among them, the whole model is judged.
+CHECKED = 64
 
 
 def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -167,14 +169,23 @@ class Reconstruct(CalibratedAlgorithm, Learning):
         random: _Random,
     ) -> None:
         learner = Learner(module, WHOLE, random.device)
+        args, kwargs = fit.exact.args, fit.exact.kwargs
+        if not kwargs and len(args) == 1 and args[0].ndim == 4:  # images and nothing else
 
-        def loss(images: Tensor) -> Tensor:
-            args, kwargs = fit.exact.of(images.to(fit.exact.output.device))
-            if kwargs or len(args) != 1 or args[0].ndim != 4:  # not images and nothing else
+            def loss(images: Tensor) -> Tensor:
+                some, _ = fit.exact.of(images.to(args[0].device))
+                seen = _compared(teacher, [varied(some[0], random.host)])
+                return learner.loss(seen, torch.arange(len(images)), 0.0)
+
+            # A handful of images cannot tell a better state from a worse one.
+            (held_out,) = check.exact.args
+            more = range(len(held_out), CHECKED, len(held_out))
+            views = [varied(held_out, random.host) for _ in more]
+            check = _compared(teacher, [held_out, *views])
+        else:
+
+            def loss(images: Tensor) -> Tensor:
                 return learner.loss(fit, images, 0.0)
-            batch = Batch((varied(args[0], random.host),), {})
-            call = watch_block(teacher, WHOLE.name, [batch])
-            return learner.loss(Comparison(call, call), torch.arange(len(images)), 0.0)
 
         self._learn(learner, loss, fit, check, self.finish, random)
 
@@ -208,6 +219,12 @@ class _Random:
     def __init__(self, module: nn.Module, seed: int) -> None:
         self.host = torch.Generator().manual_seed(seed)
         self.device = torch.Generator(device_of(module)).manual_seed(seed)
+
+
+def _compared(teacher: nn.Module, images: Sequence[Tensor]) -> Comparison:
+    """Batches of images as the whole model sees them: the same ones, quantized or not."""
+    call = watch_block(teacher, WHOLE.name, [Batch((batch,), {}) for batch in images])
+    return Comparison(call, call)
 
 
 def without_quantizers(module: nn.Module) -> nn.Module:
