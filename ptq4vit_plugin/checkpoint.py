@@ -149,6 +149,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
+        # NNCF makes a hook's tensors in float32, also a factor that was saved in the model's type.
+        for name, value in model.state_dict(keep_vars=True).items():
+            if name.startswith("__nncf") and name in state:
+                value.data = value.data.to(state[name].dtype)
         model.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         detail = " ".join(str(error).split())[:300]

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from ptq4vit_plugin import config as configs
 from ptq4vit_plugin.algorithms.accuracy import WIDEST, Move, hold_drop, ranked_moves
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
-from ptq4vit_plugin.algorithms.settings import Accuracy
+from ptq4vit_plugin.algorithms.settings import Accuracy, Override
 from ptq4vit_plugin.errors import ConfigError, DataError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import (
     Batch,
     batches,
+    frozen,
     outputs_of,
     run,
     taken_by_the_model,
+    with_two_images,
 )
 from ptq4vit_plugin.integrations.nncf.prepare import bare, prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
@@ -50,7 +52,8 @@ def quantize(
         Of a compiled or data-parallel model the one inside is quantized.
     calibration_dataset
         An ``nncf.Dataset``, or any iterable of image batches ``[B, C, H, W]`` or (images, labels)
-        pairs. The paper uses 32 training images with the model's own test transform.
+        pairs. The paper uses 32 training images with the model's own test transform. One image
+        alone is taken twice: heads show in a batch of two.
     compression
         A registered algorithm's name, a mapping ``{"algorithm": ..., fields}``, a list of these
         (steps of one NNCF pipeline), or a `config.Config`.
@@ -59,7 +62,8 @@ def quantize(
         `accuracy`. What was tried is in the model's record.
     resume
         Folder in which finished ops are kept. A call that was interrupted goes on from there when
-        it is repeated with the same arguments. The caller removes it.
+        it is repeated with the same arguments; of several searches (`accuracy`) this is the first.
+        The caller removes it.
 
     Returns
     -------
@@ -83,12 +87,12 @@ def quantize(
     """
     model = bare(model)
     steps = configs.compression(compression)
-    data = batches(calibration_dataset)
+    data = with_two_images(batches(calibration_dataset))
     promises = [i for i, (_, fields) in enumerate(steps) if fields.get("accuracy")]
     if len(promises) > 1:
         raise ConfigError("compression: more than one step promises an accuracy; allowed: one")
     if promises:
-        return _within_drop(model, data, steps, promises[0], validation_dataset)
+        return _within_drop(model, data, steps, promises[0], validation_dataset, resume)
     return _quantized(model, data, steps, resume)
 
 
@@ -113,7 +117,12 @@ def _quantized(
 
 
 def _within_drop(
-    model: nn.Module, data: list[Batch], steps: Sequence[Step], step: int, validation: Any
+    model: nn.Module,
+    data: list[Batch],
+    steps: Sequence[Step],
+    step: int,
+    validation: Any,
+    resume: Path | None,
 ) -> nn.Module:
     """Quantize with the fewest bits that hold the accuracy which one of the steps promises."""
     algorithm, fields = steps[step]
@@ -129,29 +138,31 @@ def _within_drop(
         right, before = (found == labels).double().mean(), (reference == labels).double().mean()
         return 100 * (before - right).item()
 
+    def raised_to(op: str, width: int) -> dict[str, Any]:
+        settings = algorithm(**fields).overridden(op)
+        kept = {key: getattr(settings, key).model_dump() for key in Override.model_fields}
+        for key, present in zip(("activations", "weights"), widths[op], strict=True):
+            kept[key]["bits"] = max(present, width)
+        return kept
+
     def make(moves: Sequence[Move]) -> nn.Module:
         bits = {**start, **{move.op: move.bits for move in moves}}
         left_out = [op for op, width in bits.items() if width is None]
         if len(left_out) == len(bits):
-            return copy.deepcopy(model)
-        raised = {
-            op: {
-                "weights": {"bits": max(widths[op][1], width)},
-                "activations": {"bits": max(widths[op][0], width)},
-            }
-            for op, width in bits.items()
-            if width is not None
-        }
+            return copy.deepcopy(model).eval()
+        raised = {op: raised_to(op, width) for op, width in bits.items() if width is not None}
+        # All that is said of an op, and last: an override that comes later takes the bits back.
+        others = {k: v for k, v in fields["scope_overrides"].items() if k not in raised}
         changed = {
             **fields,
             "accuracy": None,
             "mixed_precision": None,
             "ignored_scopes": [*fields["ignored_scopes"], *left_out],
-            "scope_overrides": {**fields["scope_overrides"], **raised},
+            "scope_overrides": {**others, **raised},
         }
         return _quantized(model, data, [*steps[:step], (algorithm, changed), *steps[step + 1 :]])
 
-    first = _quantized(model, data, steps)
+    first = _quantized(model, data, steps, resume)
     record = record_of(first)
     widths = {op.name: [operand.bits or WIDEST for operand in op.operands] for op in record.ops}
     start = {name: min(pair) for name, pair in widths.items()}
@@ -169,15 +180,13 @@ def _predictions(
 ) -> tuple[Tensor | None, Tensor]:
     """Labels (if they are needed) and the model's best class of every validation image."""
     labels, classes = [], []
-    was_training = model.training
-    model.eval()
-    for batch in (batches([item])[0] for item in validation):
-        if labelled and batch.labels is None:
-            raise DataError("accuracy: metric 'top1' needs (images, labels) batches")
-        labels.append(batch.labels)
-        logits = outputs_of(model, run(model, batch.to(model))).tensors[0]
-        classes.append(logits.argmax(-1).cpu())
-    model.train(was_training)
+    with frozen(model):
+        for batch in (batches([item])[0] for item in validation):
+            if labelled and batch.labels is None:
+                raise DataError("accuracy: metric 'top1' needs (images, labels) batches")
+            labels.append(batch.labels)
+            logits = outputs_of(model, run(model, batch.to(model))).tensors[0]
+            classes.append(logits.argmax(-1).cpu())
     if not classes:
         raise DataError("accuracy: the validation set is empty")
     return (torch.cat(labels).cpu() if labelled else None), torch.cat(classes)
@@ -204,7 +213,7 @@ def plan(model: nn.Module, example_input: Any, compression: Any = "ptq4vit") -> 
     if not searches:
         raise ConfigError("compression: no step of it searches scales, so there is no plan to show")
     model = copy.deepcopy(bare(model)).eval()
-    batch = batches([example_input])[0].to(model)
+    batch = with_two_images(batches([example_input]))[0].to(model)
     prepare(model, batch)
     with taken_by_the_model(batch):
         graph = hooks.trace(model, batch.example)

@@ -4,10 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from models import images, small_vit
 
-from ptq4vit_plugin.algorithms.accuracy import hold_drop, ranked_moves
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin import pipeline
+from ptq4vit_plugin.algorithms.accuracy import Move, hold_drop, ranked_moves
 from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
-from ptq4vit_plugin.errors import ConfigError
+from ptq4vit_plugin.errors import ConfigError, DataError
 
 CHOICES = (4, 6, 8)
 
@@ -70,3 +74,59 @@ def test_what_is_returned_was_measured_even_if_more_bits_can_hurt():
 
     model, _ = hold_drop(tuple, drop_of, (), list(range(8)), 0.5)
     assert drops[len(model)] <= 0.5 and model in measured
+
+
+def test_more_bits_keep_what_else_is_overridden(monkeypatch):
+    fc1, fc2 = (f"blocks/0/mlp/{layer}/linear/0" for layer in ("fc1", "fc2"))
+
+    def moved(make, drop_of, first, moves, max_drop):
+        return make([Move(fc2, 6)]), []
+
+    monkeypatch.setattr(pipeline, "hold_drop", moved)
+    compression = {
+        "algorithm": "ptq4vit",
+        "rounds": 1,
+        "ignored_scopes": ["{re}attn|head|patch"],
+        "accuracy": {"max_drop": 0, "metric": "agreement"},
+        "scope_overrides": {
+            fc2: {"twin": {"gelu": False}, "weights": {"bits": 3}},
+            "{re}fc": {"weights": {"bits": 2, "granularity": "tensor"}, "activations": {"bits": 4}},
+        },
+    }
+    result = ptq.quantize(small_vit(), images(1), compression, images(1))
+    ops = {op.name: op.operands for op in ptq.describe(result)}
+    x, weight = ops[fc2]
+    assert (x.quantizer, x.bits) == ("uniform", 6)
+    assert (weight.granularity, weight.bits) == ("tensor", 6)
+    x, weight = ops[fc1]
+    assert (x.bits, weight.granularity, weight.bits) == (4, "tensor", 2)
+
+
+def test_measuring_leaves_every_mode_as_it_is():
+    model = small_vit().train()
+    model.blocks.eval()
+    before = [module.training for module in model.modules()]
+    pipeline._predictions(model, images(1), False)
+    with pytest.raises(DataError, match="top1"):
+        pipeline._predictions(model, images(1), True)
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters() if parameter.ndim)
+
+
+def test_the_float_model_that_is_left_is_in_evaluation_mode(monkeypatch):
+    def moved(make, drop_of, first, moves, max_drop):
+        return make(moves), []
+
+    monkeypatch.setattr(pipeline, "hold_drop", moved)
+    compression = {
+        "algorithm": "ptq4vit",
+        "rounds": 1,
+        "ignored_scopes": ["{re}blocks"],
+        "accuracy": {"max_drop": 0, "metric": "agreement"},
+    }
+    model = small_vit().train()
+    result = ptq.quantize(model, images(1), compression, images(1))
+    assert not any(module.training for module in result.modules())
+    assert model.training
+    x = images(1, seed=3)[0]
+    assert torch.equal(result(x), model.eval()(x))

@@ -7,10 +7,13 @@ import torch
 from models import images, small_vit
 from torch import nn
 
+import ptq4vit_plugin as ptq
 from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import capture, hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches, record
+from ptq4vit_plugin.integrations.nncf.capture import batches, record, with_two_images
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 
@@ -179,3 +182,92 @@ def test_a_batch_that_is_cut_records_the_same(kind, monkeypatch):
 
 def pairs(tensors):
     return [torch.cat(tensors[n : n + 2]) for n in range(0, len(tensors), 2)]
+
+
+class FrozenBackbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            features = self.backbone(x)
+        return self.head(features)
+
+
+def test_gradients_that_the_model_switches_off():
+    x = [torch.randn(5, 6)]
+    with pytest.raises(ModelError, match="torch.no_grad"):
+        ptq.quantize(FrozenBackbone().eval(), x, "ptq4vit")
+    ptq.quantize(FrozenBackbone().eval(), x, {"algorithm": "ptq4vit", "metric": "mse"})
+
+
+class MergedHeads(nn.Module):
+    """`nn.MultiheadAttention` with its weights, which has one dimension for images and heads."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=True)[0].mean(1))
+
+
+@pytest.mark.parametrize("algorithm", ["ptq4vit", "ptq4vit_plus"])
+def test_calibrated_with_single_images_a_model_takes_any_number(algorithm):
+    x = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(1))
+    model = MergedHeads().eval()
+    together = ptq.quantize(model, [x[:2], x[2:4], x[4:]], algorithm)
+    apart = ptq.quantize(model, list(x.split(1)), algorithm)
+    with torch.no_grad():
+        torch.testing.assert_close(apart(x[:3]), together(x[:3]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.jit.script])
+def test_a_child_without_hooks_is_named(wrap):
+    model = small_vit(1)
+    model.head = wrap(model.head)
+    with pytest.raises(ModelError, match="'head' is a scripted or compiled module"):
+        ptq.quantize(model, images(1), "ptq4vit")
+
+
+def test_a_classifiers_angles_are_of_all_images_together():
+    """Of one image alone a column of its output is one number: its angle is noise."""
+    model, data = small_vit(1), images(1, 8)
+    test = torch.cat(images(4, 8, seed=3))
+    configs = {"cosine": "base_ptq", "mse": {"algorithm": "base_ptq", "metric": "mse"}}
+    with torch.no_grad():
+        found = {
+            metric: logit_sqnr(model(test), ptq.quantize(model, data, config)(test))
+            for metric, config in configs.items()
+        }
+    assert found["cosine"] > found["mse"] - 3
+
+
+def test_weights_that_are_not_finite():
+    model = small_vit(1)
+    model.head.weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="output for the calibration images has NaN"):
+        ptq.quantize(model, images(1), "ptq4vit")
+
+
+def single(*shapes):
+    return [torch.full((n, 3, size, size), float(i)) for i, (n, size) in enumerate(shapes)]
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ([(2, 8), (1, 8)], [(2, 8), (1, 8)]),
+        ([(1, 8), (1, 8), (1, 8)], [(2, 8), (1, 8)]),
+        ([(1, 8)], [(2, 8)]),
+        ([(1, 8), (3, 6)], [(2, 8), (3, 6)]),
+    ],
+)
+def test_a_model_is_traced_with_two_images_at_least(given, made):
+    data = batches([(x, torch.arange(len(x))) for x in single(*given)])
+    found = with_two_images(data)
+    assert [(len(b), b.args[0].shape[-1]) for b in found] == made
+    assert [len(b.labels) for b in found] == [n for n, _ in made]
+    assert {float(v) for b in found for v in b.args[0].unique()} == set(range(len(given)))

@@ -297,6 +297,23 @@ def test_wrong_bits(write, algorithm, operands, bits):
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ignored_scopes": ["{re}["]}, ".ignored_scopes[0]: '{re}[' is no regular expression: "),
+        ({"scope_overrides": {"{re}(": {}}}, ".scope_overrides.{re}(: '{re}(' is no regular "),
+        ({"weights": {"quantizer": "numerator"}}, ".weights.quantizer: 'numerator' is for softmax"),
+        (
+            {"mixed_precision": {"average_bits": 3}},
+            ".mixed_precision: average_bits: 3 is not allowed; allowed: at least 4",
+        ),
+    ],
+)
+def test_what_a_search_could_not_do_is_refused_before_it(write, fields, message):
+    step = {"algorithm": "ptq4vit", **fields}
+    assert error(write(changed(compression=step))).startswith(f"compression{message}")
+
+
 def test_misspelt_field_of_ptq4vit(write):
     message = error(write(changed(compression={"algorithm": "ptq4vit", "weigths": {"bits": 8}})))
     assert message.startswith("compression.weigths: unknown key; allowed: ")
@@ -371,10 +388,27 @@ def test_compression_of_the_wrong_kind(write, value):
         ("{'model': 1}", "config.json", "not valid: Expecting property name"),
         (b"\xff\xfe\x00", "config.yaml", "not valid: "),
         ("!!python/object:os.system {}", "config.yaml", "not valid YAML in line 1, column 1: "),
+        (
+            "model: 1\ndata: {a: 1,\n  a: 2}",
+            "config.yaml",
+            "not valid YAML in line 3, column 3: the key 'a' stands twice",
+        ),
+        ('{"model": {"b": 1, "b": 2}}', "config.json", "not valid: the key 'b' stands twice"),
     ],
 )
 def test_files_that_are_no_config(write, content, name, message):
     assert error(write(content, name)).startswith(message)
+
+
+def test_a_merged_mapping_may_repeat_keys(write):
+    text = "a: &a {split: val, samples: 4}\nb: {<<: *a, samples: 5}"
+    assert config.load_file(write(text))["b"] == {"split": "val", "samples": 5}
+
+
+def test_paths_may_begin_at_home(tiny, write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = config.read(write(changed(output="~/runs/a", data={"source": "npz", "root": "~/x"})))
+    assert found.output == tmp_path / "runs" / "a" and found.data.root == tmp_path / "x"
 
 
 def test_file_that_cannot_be_read(tmp_path):

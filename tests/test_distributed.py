@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from models import images, small_vit
 from safetensors.torch import load_file
 
+import ptq4vit_plugin
 from ptq4vit_plugin import commands
 from ptq4vit_plugin.config import read
 from ptq4vit_plugin.errors import DataError
@@ -76,6 +78,14 @@ def test_fast_search_in_two_processes(run):
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert two[name] <= 1.01 * value
+
+
+def test_a_share_without_gradient_is_no_error_where_another_has_some(monkeypatch):
+    model = small_vit()
+    with torch.no_grad():
+        model.head.bias[0] = 1e4  # saturated: no image of this process has a gradient
+    monkeypatch.setattr(distributed, "largest", lambda x: x.clamp(min=1))
+    ptq4vit_plugin.quantize(model, images(1), {"algorithm": "ptq4vit", "rounds": 1})
 
 
 def test_alone_everything_is_the_identity():

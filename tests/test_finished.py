@@ -75,6 +75,18 @@ def test_goes_on_with_the_same_scales(searched, tmp_path):
     ]
 
 
+def test_the_first_search_under_a_promise_goes_on_too(searched, tmp_path):
+    labelled = [(x, small_vit()(x).argmax(1)) for x in images()]
+    promise = {**SHORT, "accuracy": {"max_drop": 100, "metric": "agreement"}}
+    arguments = (small_vit(), images(), promise, labelled)
+    names = searched(3)
+    with pytest.raises(Stop):
+        pipeline.quantize(*arguments, resume=tmp_path)
+    first, names = list(names), searched(None)
+    again = pipeline.quantize(*arguments, resume=tmp_path)
+    assert first + names == [record.name for record in ptq.describe(again)] and names
+
+
 @pytest.mark.parametrize(
     "change",
     [

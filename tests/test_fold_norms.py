@@ -9,6 +9,7 @@ from ptq4vit_plugin.algorithms.folding.factors import balance, channel_scale, sp
 from ptq4vit_plugin.algorithms.folding.statistics import Channels
 from ptq4vit_plugin.algorithms.planning import make_plan
 from ptq4vit_plugin.algorithms.ptq4vit import PTQ4ViT
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import batches
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
@@ -66,6 +67,48 @@ def test_logits_stay(name):
     assert len(smoothed) == (0 if name == "eva02" else sum("fc2.weight" in key for key in before))
     with hooks.unquantized(net):  # the factors are part of the float model
         torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-5)
+
+
+class FrozenNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.rand(192) + 0.5)
+        self.register_buffer("bias", torch.randn(192))
+
+    def forward(self, x):
+        return torch.nn.functional.layer_norm(x, (192,), self.weight, self.bias)
+
+
+@torch.no_grad()
+def test_norms_and_biases_that_are_buffers_stay():
+    net, images = model("vit")
+    block = net.blocks[0]
+    block.norm1 = FrozenNorm()
+    for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1):
+        bias = linear.bias.detach().clone()
+        del linear.bias
+        linear.register_buffer("bias", bias)
+    before = {key: value.clone() for key, value in net.named_buffers()}
+    weight, expected = block.norm2.weight.clone(), net(images)
+    FoldNorms().fold(net, batches([images]))
+    assert (net(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert all(torch.equal(net.get_buffer(key), value) for key, value in before.items())
+    assert not torch.equal(block.norm2.weight, weight)  # a scale needs no bias to change
+
+
+@torch.no_grad()
+def test_a_fold_that_is_not_exact_is_refused_and_undone(monkeypatch):
+    def wrong(module, path, scale, shift):
+        module.get_parameter(path.weight).mul_(1.3)
+
+    monkeypatch.setattr("ptq4vit_plugin.algorithms.fold_norms.fold_norm", wrong)
+    for dtype in (torch.float32, torch.bfloat16):
+        net, images = model("vit")
+        net, images = net.to(dtype), images.to(dtype)
+        expected = net(images)
+        with pytest.raises(ModelError, match="change by .* leave the step out"):
+            FoldNorms().fold(net, batches([images]))
+        assert torch.equal(net(images), expected)
 
 
 @torch.no_grad()

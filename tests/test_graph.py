@@ -200,6 +200,25 @@ def test_a_shared_weight_is_quantized_once():
     assert "layer/linear/0" in weights[1].reason and chosen.macs_quantized == 1
 
 
+def test_what_shares_its_weight_with_an_ignored_op_stays_in_float():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x).relu()))
+
+    for ignored, kept in (("a/linear/0", "b/linear/0"), ("b/linear/0", "a/linear/0")):
+        compression = {"algorithm": "ptq4vit", "ignored_scopes": [ignored]}
+        chosen = plan(Tied(), torch.randn(2, 4), compression)
+        assert [op.name for op in chosen.ops] == ["c/linear/0"]
+        reasons = {op.name: op.reason for op in chosen.left_out}
+        assert reasons.keys() == {ignored, kept} and ignored in reasons[kept]
+        assert chosen.macs_quantized == pytest.approx(1 / 3)
+
+
 def test_computed_weight_is_quantized_where_the_op_takes_it():
     class Normalised(nn.Linear):
         def forward(self, x):
@@ -285,6 +304,41 @@ def test_left_out_convolutions_have_macs():
     found, left_out = find_ops(hooks.trace(model, torch.randn(2, 3, 4, 4)), 2)
     assert [op.macs for op in found] == [64 * 5 * 2]
     assert [(op.kind, op.macs) for op in left_out] == [("conv_transpose2d", 16 * 3 * 5 * 4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "macs", "function"),
+    [
+        ("linalg_multi_dot", 0, lambda a, w: torch.linalg.multi_dot([a, w, w])),
+        ("chain_matmul", 0, lambda a, w: torch.chain_matmul(a, w)),
+        ("addmm_", 64, lambda a, w: torch.zeros(2, 8).addmm_(a, w)),
+        ("addmv", 8, lambda a, w: a + torch.addmv(a[:, 0], a, w[0])[:, None]),
+        ("_sparse_mm", 64, lambda a, w: torch.sparse.mm(a, w)),
+        ("inner", 64, lambda a, w: torch.inner(a, w)),
+    ],
+)
+def test_products_that_are_not_quantized_are_listed(kind, macs, function):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.weight = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return function(self.linear(x), self.weight) + 0
+
+    found, left_out = find_ops(hooks.trace(Product(), torch.randn(2, 8)), 2)
+    assert [op.name for op in found] == ["linear/linear/0"]
+    assert [(op.kind, op.macs) for op in left_out] == [(kind, macs)]
+
+
+def test_every_spelling_of_a_matrix_product_is_found():
+    class Spelled(nn.Module):
+        def forward(self, x):
+            x = torch.matmul(x, x.mT) + torch.linalg.matmul(x, other=x.mT)
+            return x @ torch.bmm(x, x)
+
+    found, left_out = find_ops(hooks.trace(Spelled(), torch.randn(2, 3, 3)), 2)
+    assert [op.kind for op in found] == ["matmul"] * 4 and left_out == []
 
 
 def test_fused_attention_without_a_switch_is_left_out_with_its_reason():

@@ -17,6 +17,7 @@ from ptq4vit_plugin.algorithms.recording import default_budget, replays, schedul
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.pipeline import plan
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELUQuantizer
 from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmaxQuantizer
 from ptq4vit_plugin.record import record_of
@@ -149,6 +150,13 @@ def test_ignored_scopes(model):
     }
     # No product is quantized, so attention may be fused again.
     assert result.blocks[0].attn.fused_attn
+    # Of a transformer, convolutions alone may be quantized; but something has to be.
+    for algorithm in ("ptq4vit", "ptq4vit_plus"):
+        compression = short(algorithm, ignored_scopes=["{re}linear|matmul"])
+        (left,) = ptq.describe(ptq.quantize(model, images(1), compression))
+        assert left.name == "patch_embed/proj/conv2d/0"
+    with pytest.raises(ModelError, match="no transformer op .* left out: .*ignored_scopes"):
+        ptq.quantize(model, images(1), short(ignored_scopes=["{re}."]))
     with pytest.raises(ConfigError, match="ignored_scopes: 'head/linear/1' matches no op.*did you"):
         ptq.quantize(model, images(1), short(ignored_scopes=["head/linear/1"]))
 
@@ -165,6 +173,27 @@ def test_scope_overrides(model):
         "blocks/0/mlp/fc2/linear/0",
     }
     assert set(bits.values()) == {4, 6}
+
+
+def test_an_override_keeps_what_it_does_not_say(model):
+    compression = short(
+        "ptq4vit_plus",
+        weights={"granularity": "tensor"},
+        twin={"gelu": False},
+        scope_overrides={
+            "{re}fc2": {
+                "weights": {"bits": 6},
+                "activations": {"bits": 5},
+                "twin": {"softmax": False},
+            },
+            "{re}fc1": {"activations": {"bits": 5}},
+        },
+    )
+    ops = {op.name: op.operands for op in plan(model, images(1)[0], compression).ops}
+    x, weight = ops["blocks/0/mlp/fc2/linear/0"]
+    assert (x.quantizer, x.bits) == ("uniform", 5)
+    assert (weight.bits, weight.granularity) == (6, "tensor")
+    assert ops["blocks/0/mlp/fc1/linear/0"][0].quantizer == "asymmetric"
 
 
 def test_granularity_paper(model):
@@ -269,6 +298,43 @@ def test_images_of_the_wrong_shape(model, shape):
         ptq.quantize(model, [torch.zeros(shape)], short())
 
 
+def test_images_of_two_sizes_are_refused_before_the_search(monkeypatch):
+    monkeypatch.setattr(op_search, "search", None)
+    data = images(1, 2) + images(1, 2, size=48)
+    message = (
+        r"^blocks/0/attn/matmul/0: multiplies \(2, 3, 17, 16\) .* \(2, 3, 37, 16\) .* one shape$"
+    )
+    with pytest.raises(DataError, match=message):
+        ptq.quantize(small_vit(dynamic_img_size=True), data, short())
+
+
+class Projected(nn.Module):
+    """As CLIP: features of images times a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.matrix = small_vit(num_classes=48), nn.Parameter(torch.randn(48, 7))
+
+    def forward(self, x):
+        return self.body(x) @ self.matrix
+
+
+def test_a_matrix_times_a_constant_takes_batches_of_any_size():
+    torch.manual_seed(0)
+    model = Projected().eval()
+    (x,) = images(1, 6)
+    one, parts = (
+        {op.name: op for op in ptq.describe(ptq.quantize(model, data, short()))}
+        for data in ([x], [x[:4], x[4:]])
+    )
+    for side in (0, 1):
+        found = [ops["/matmul/0"].operands[side] for ops in (one, parts)]
+        assert found[0].searched_max == pytest.approx(found[1].searched_max, rel=1e-5)
+    assert one["/matmul/0"].objective_after == pytest.approx(
+        parts["/matmul/0"].objective_after, rel=1e-3
+    )
+
+
 def test_model_without_transformer_ops():
     class Convolutions(nn.Module):
         def __init__(self):
@@ -282,6 +348,12 @@ def test_model_without_transformer_ops():
         ptq.quantize(Convolutions(), images(1), short())
     with pytest.raises(ModelError, match="not a torch.nn.Module"):
         ptq.quantize("vit_tiny_patch16_224", images(1), short())
+
+
+@pytest.mark.parametrize("algorithm", ["ptq4vit", "ptq4vit_plus"])
+def test_a_quantized_model_is_not_quantized_again(quantized, algorithm):
+    with pytest.raises(ModelError, match="quantized already"):
+        ptq.quantize(quantized, images(1), short(algorithm))
 
 
 def test_zero_gradient_is_an_error():

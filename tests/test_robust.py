@@ -59,6 +59,16 @@ def test_features_and_feature_maps(tmp_path):
         assert noise(result, again, images()) == 0
 
 
+def test_a_bias_that_is_a_buffer():
+    model = vit()
+    bias = torch.randn(10)
+    del model.head.bias
+    model.head.register_buffer("bias", bias)
+    result = ptq4vit_plugin.quantize(model, [images()], SHORT | {"algorithm": "ptq4vit_plus"})
+    assert torch.equal(result.head.bias, bias)
+    assert noise(model, result, images()) < 0.01
+
+
 def test_labels_need_class_scores():
     compression = SHORT | {"gradient": {"kind": "labels"}}
     data = [(images(), torch.tensor([0, 1, 2]))]
@@ -98,6 +108,22 @@ def test_half_precision(dtype, quantizer, tmp_path):
         ptq4vit_plugin.save(result, tmp_path / "model.safetensors"), copy.deepcopy(model)
     )
     assert noise(result, again, x) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_folds_in_half_precision(dtype, tmp_path):
+    compression = SHORT | {"algorithm": "ptq4vit_plus"}
+    full, x = vit(), images()
+    with torch.no_grad():
+        for parameter in full.parameters():  # norms and biases that are not 1 and 0
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    expected = noise(full, ptq4vit_plugin.quantize(full, [x], compression), x)
+    model, x = copy.deepcopy(full).to(dtype), x.to(dtype)
+    result = ptq4vit_plugin.quantize(model, [x], compression)
+    assert result(x).dtype == dtype
+    assert noise(model, result, x) < 2 * expected
+    path = ptq4vit_plugin.save(result, tmp_path / "model.safetensors")
+    assert noise(result, ptq4vit_plugin.load(path, copy.deepcopy(model)), x) == 0
 
 
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -15,12 +16,53 @@ from ptq4vit_plugin.algorithms.finished import Place
 from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.algorithms.twin_choice import choose_twins
-from ptq4vit_plugin.algorithms.views import GemmView, view_of
+from ptq4vit_plugin.algorithms.views import GemmView, MatmulView, view_of
+from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations import distributed
-from ptq4vit_plugin.integrations.nncf.capture import Recorded
-from ptq4vit_plugin.plan import FoundOp, Op, Operand
+from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, frozen, run
+from ptq4vit_plugin.plan import FoundOp, Op, Operand, Plan
 from ptq4vit_plugin.quantizers.base import OperandQuantizer, SearchRange
 from ptq4vit_plugin.record import OperandRecord, OpRecord
+
+
+@torch.no_grad()
+def check_products(
+    module: nn.Module, data: Sequence[Batch], plan: Plan, found: Mapping[str, FoundOp]
+) -> None:
+    """Refuse batches whose matrix products cannot be searched together: they differ in more than
+    the number of matrices.
+
+    One batch of every shape is run, and none if all have the same.
+
+    Raises
+    ------
+    DataError
+        There is such a product.
+    """
+    tensors = [(*batch.args, *batch.kwargs.values()) for batch in data]
+    shapes = [tuple(getattr(x, "shape", None) for x in given) for given in tensors]
+    different = list(dict(zip(shapes, data, strict=True)).values())
+    if len(different) == 1:
+        return
+    names = [op.name for op in plan.ops if isinstance(view_of(found[op.name]), MatmulView)]
+    seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+    inputs = {
+        (name, port): lambda x, name=name: seen[name].append(tuple(x.shape))
+        for name in names
+        for port in (0, 1)
+    }
+    with hooks.watching(module, inputs, {}), frozen(module):
+        for batch in different:
+            run(module, batch.to(module))
+    for name, (left, right, *others) in seen.items():
+        for a, b in zip(others[::2], others[1::2], strict=True):
+            if (a[-2:], b[-2:]) != (left[-2:], right[-2:]):
+                raise DataError(
+                    f"{name}: multiplies {left} with {right} in one calibration batch and {a} with "
+                    f"{b} in another, which cannot be searched together; allowed: batches of one "
+                    "shape"
+                )
 
 
 class OpSearch:
@@ -93,7 +135,7 @@ class OpSearch:
                 rounds=self.rounds,
                 order=("a", "b") if op.kind == "matmul" else ("b", "a"),
                 strategy=self.strategy,
-                images=1 if op.kind == "matmul" else images,
+                images=1 if op.kind == "matmul" else _told_apart(gemm, images),
                 reduce=distributed.total,
             )
             return result, left, right
@@ -145,6 +187,16 @@ class OpSearch:
         return quantizer
 
 
+def _told_apart(gemm: Gemm, images: int) -> int:
+    """How many images an angle is taken of by itself: 1 means all rows together.
+
+    So it is where an image has one row only, as in a classifier, in which a column's angle says no
+    more than a sign; and where images are of several sizes, whose rows cannot be told apart.
+    """
+    rows = gemm.a.shape[2]
+    return 1 if rows == images or rows % images else images
+
+
 def _gemm(
     module: nn.Module,
     op: Op,
@@ -166,7 +218,6 @@ def _gemm(
     pairs = [
         view.operands(a.float(), b.float()) for a, b in zip(seen.inputs[0], right, strict=True)
     ]
-    batched = op.kind == "matmul"
     bias = view.bias(attrgetter(found.bias)(module).detach().float()) if found.bias else None
     del right
     seen.inputs.clear()
@@ -176,7 +227,7 @@ def _gemm(
     seen.fisher.clear()
     return Gemm(
         a=_whole(a, view.batch_dim),
-        b=_whole(b, view.batch_dim) if batched else b[0].contiguous(),
+        b=_whole(b, 0) if view.batch_dim == 0 else b[0].contiguous(),
         bias=bias,
         fisher=_whole(fisher, view.batch_dim) if fisher else None,
     )

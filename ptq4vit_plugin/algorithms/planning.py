@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ptq4vit_plugin.algorithms.settings import Activations, Override, Twin, Weights
+from ptq4vit_plugin.algorithms.settings import REGEX, Activations, Override, Twin, Weights
 from ptq4vit_plugin.errors import ConfigError, nearest
 from ptq4vit_plugin.plan import FoundOp, Granularity, LeftOut, Op, Operand, Plan, Source
 from ptq4vit_plugin.quantizers.twin_gelu import MINIMA
@@ -49,22 +49,31 @@ def make_plan(found: Sequence[FoundOp], left_out: Sequence[LeftOut], settings: S
                     f"{key}: '{scope}' matches no op of the model; allowed: op names as "
                     f"`ptq4vit plan` prints them, or '{{re}}' and a pattern" + nearest(scope, names)
                 )
-    ops, ignored = [], []
+    ignored = {
+        op.name: op.sources[1].parameter
+        for op in found
+        if any(matches(scope, op.name) for scope in settings.ignored_scopes)
+    }
+    # A weight's quantizer sits on the parameter, so it would reach an ignored op that shares it.
+    sharing = {parameter: name for name, parameter in ignored.items() if parameter}
+    ops, in_float = [], []
     owners: dict[str, str] = {}
     for op in found:
-        if any(matches(scope, op.name) for scope in settings.ignored_scopes):
-            ignored.append(
-                LeftOut(name=op.name, kind=op.kind, reason="listed in ignored_scopes", macs=op.macs)
-            )
-        else:
+        other = sharing.get(op.sources[1].parameter)
+        if op.name not in ignored and other is None:
             ops.append(_plan_op(op, settings.overridden(op.name), owners))
-    return Plan(ops=tuple(ops), left_out=(*ignored, *left_out))
+            continue
+        reason = "listed in ignored_scopes"
+        if op.name not in ignored:
+            reason = f"shares its weight with {other}, which is {reason}"
+        in_float.append(LeftOut(name=op.name, kind=op.kind, reason=reason, macs=op.macs))
+    return Plan(ops=tuple(ops), left_out=(*in_float, *left_out))
 
 
 def matches(scope: str, name: str) -> bool:
     """Whether an NNCF scope, a name or ``{re}`` and a pattern, means an op."""
-    if scope.startswith("{re}"):
-        return re.search(scope[4:], name) is not None
+    if scope.startswith(REGEX):
+        return re.search(scope.removeprefix(REGEX), name) is not None
     return scope == name
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from nncf.common.graph.graph import NNCFGraph
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_serializer, model_validator
 from torch import nn
 
 from ptq4vit_plugin import __version__
@@ -19,7 +19,7 @@ from ptq4vit_plugin.algorithms.calibrated import CalibratedAlgorithm
 from ptq4vit_plugin.algorithms.finished import FinishedOps, Place, key_of
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
-from ptq4vit_plugin.algorithms.op_search import OpSearch
+from ptq4vit_plugin.algorithms.op_search import OpSearch, check_products
 from ptq4vit_plugin.algorithms.planning import make_plan, matches
 from ptq4vit_plugin.algorithms.recording import (
     GIB,
@@ -34,6 +34,7 @@ from ptq4vit_plugin.algorithms.settings import (
     Activations,
     MixedPrecision,
     Override,
+    Scope,
     Twin,
     Weights,
 )
@@ -80,11 +81,11 @@ class ScaleSearch(CalibratedAlgorithm):
         default=None,
         description="'paper': shorthand that sets the granularity of weights and activations",
     )
-    ignored_scopes: tuple[str, ...] = Field(
+    ignored_scopes: tuple[Scope, ...] = Field(
         default=(),
         description="ops that stay in float: names as `plan` prints them, or '{re}' and a pattern",
     )
-    scope_overrides: dict[str, Override] = Field(
+    scope_overrides: dict[Scope, Override] = Field(
         default={}, description="sections for some ops only, by name or '{re}' and a pattern"
     )
     twin: Twin = Twin()
@@ -128,6 +129,14 @@ class ScaleSearch(CalibratedAlgorithm):
             object.__setattr__(self, "activations", self.activations.model_copy(update=paper))
         return self
 
+    @field_serializer("scope_overrides")
+    def _as_given(self, overrides: dict[str, Override]) -> dict[str, Any]:
+        # Defaults of an override, filled in, would take the place of the algorithm's own values.
+        return {
+            scope: override.model_dump(mode="json", exclude_unset=True)
+            for scope, override in overrides.items()
+        }
+
     def overridden(self, op_name: str) -> ScaleSearch:
         """The settings that hold for one op; overrides are applied in the order of the config."""
         settings = self
@@ -151,15 +160,21 @@ class ScaleSearch(CalibratedAlgorithm):
         Raises
         ------
         ModelError
-            There is nothing to quantize.
+            There is nothing to quantize, or the model is quantized already.
         """
+        name = type(model).__name__
+        if next(hooks.quantizers(model), None) is not None:
+            raise ModelError(
+                f"{name} is quantized already; allowed: a float model, and one step that quantizes"
+            )
         buffers = {name for name, _ in model.named_buffers()}
         found, left_out = find_ops(graph, batch_size, buffers)
         plan = fitted(make_plan(found, left_out, self), self.target)
-        if not any(op.kind in ("linear", "matmul") for op in plan.ops):
+        # A model of which the config ignores all but convolutions is still a transformer.
+        if not plan.ops or not any(op.kind in ("linear", "matmul") for op in found):
             reasons = ", ".join(f"{op.name} ({op.reason})" for op in plan.left_out)
             raise ModelError(
-                f"{type(model).__name__} has no transformer op (linear or matrix product) to "
+                f"{name} has no transformer op (linear or matrix product) to "
                 f"quantize; left out: {reasons or 'nothing'}"
             )
         return plan, {op.name: op for op in found}
@@ -189,7 +204,8 @@ class ScaleSearch(CalibratedAlgorithm):
         DataError
             No calibration data, or data that the model cannot take.
         ModelError
-            Nothing to quantize, or gradients that cannot rank anything.
+            Nothing to quantize, a model that is quantized already, or gradients that cannot rank
+            anything.
         """
         started = time.perf_counter()
         module = hooks.unwrap(model)
@@ -201,6 +217,7 @@ class ScaleSearch(CalibratedAlgorithm):
             graph = hooks.trace(module, example.example)
         fold_batch_norms(module, graph)
         plan, found = self.plan(module, graph, len(data[0]))
+        check_products(module, in_parts(data, found.values(), len(data[0])), plan, found)
         if self.mixed_precision is not None:
             plan = self._mixed(module, data, plan, found)
         quantizers, records, runs = self._calibrate(module, data, plan, found)
@@ -288,7 +305,7 @@ class ScaleSearch(CalibratedAlgorithm):
                 if distributed.rank() == 0:
                     finished.save(result, made)
                 event("op", done=len(records), ops=len(plan.ops), **_facts(result))
-        if not ranked:
+        if not distributed.largest(torch.tensor(float(ranked), device=device_of(module))):
             raise ModelError(
                 "the gradient is zero at every op, so nothing can be ranked; the model's output "
                 "does not depend on its ops, or its softmax is saturated: use gradient kind "

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ptq4vit_plugin import registry
+from ptq4vit_plugin.errors import ConfigError
+
+#: What a scope begins with that is a regular expression (NNCF's convention).
+REGEX = "{re}"
 
 
 def _registered(name: str) -> str:
     return registry.find("quantizers", name).name
 
 
+def _for_weights(name: str) -> str:
+    if name == "numerator":
+        raise ConfigError("'numerator' is for softmax outputs: weights have no rows to divide by")
+    return name
+
+
+def _pattern(scope: str) -> str:
+    if scope.startswith(REGEX):
+        try:
+            re.compile(scope.removeprefix(REGEX))
+        except re.error as error:
+            raise ConfigError(f"'{scope}' is no regular expression: {error}") from error
+    return scope
+
+
 Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
 QuantizerName = Annotated[str, AfterValidator(_registered)]
+Scope = Annotated[str, AfterValidator(_pattern)]
 TwinChoice = bool | Literal["auto"] | QuantizerName
 
 
@@ -35,7 +56,7 @@ class Weights(_Section):
 
     bits: Bits = 8
     granularity: Literal["channel", "tensor", "paper"] = "channel"
-    quantizer: QuantizerName = "uniform"
+    quantizer: Annotated[QuantizerName, AfterValidator(_for_weights)] = "uniform"
 
 
 class Activations(_Section):
@@ -91,6 +112,15 @@ class MixedPrecision(_Section):
     average_bits: float = Field(ge=2, le=8)
     choices: tuple[Bits, ...] = Field(default=(4, 6, 8), min_length=1)
     budget: Literal["macs", "size"] = "macs"
+
+    @model_validator(mode="after")
+    def _reachable(self) -> MixedPrecision:
+        if self.average_bits < min(self.choices):
+            raise ConfigError(
+                f"average_bits: {self.average_bits:g} is not allowed; allowed: at least "
+                f"{min(self.choices)}, the least of choices"
+            )
+        return self
 
 
 class Accuracy(_Section):

@@ -3,7 +3,8 @@ products.
 
 Canonical shapes: left operand ``[B, H, N, I]``, right operand ``[B or 1, H, I, O]``, output ``[B,
 H, N, O]``. A linear has B = H = 1 and N = all tokens of all images; a convolution is unfolded, H
-are its groups; a matrix product of attention has B = images (times windows), H = heads.
+are its groups; a matrix product of attention has B = images (times windows), H = heads; one of a
+matrix and a constant is as a linear.
 """
 
 from __future__ import annotations
@@ -153,8 +154,17 @@ class MatmulView(GemmView):
         return scale.reshape(shape)
 
 
+class ConstantView(LinearView):
+    """``x [N, I]`` and a constant ``[I, O]``, the same for all images as a linear's weight is."""
+
+    def operands(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        return super().operands(left, right.t())
+
+
 def view_of(op: FoundOp) -> GemmView:
     """The canonical view of an op found on the graph."""
+    if op.kind == "matmul" and len(op.output_shape) == 2 and op.sources[1].kind == "constant":
+        return ConstantView(op)
     return {"linear": LinearView, "conv2d": ConvView, "matmul": MatmulView}[op.kind](op)
 
 

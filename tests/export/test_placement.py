@@ -7,7 +7,7 @@ import torch
 openvino = pytest.importorskip("openvino")
 
 import ptq4vit_plugin as ptq  # noqa: E402
-from ptq4vit_plugin.integrations import openvino as exporter  # noqa: E402
+from ptq4vit_plugin.integrations.openvino import ir as exporter  # noqa: E402
 from ptq4vit_plugin.integrations.openvino.ir import IN_FLOAT, OpenVINOExporter  # noqa: E402
 from ptq4vit_plugin.integrations.openvino.placement import place_quantizers  # noqa: E402
 

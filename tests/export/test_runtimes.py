@@ -170,7 +170,7 @@ def test_openvino_runs_every_planned_product_in_integers(exported):
 
 def float_activations(monkeypatch, where):
     """One op's activations float and its weights int8, which OpenVINO still reports as i8."""
-    from ptq4vit_plugin.integrations import openvino as exporter
+    from ptq4vit_plugin.integrations.openvino import ir as exporter
 
     class Float(torch.nn.Module):
         def forward(self, x):
@@ -344,7 +344,7 @@ def test_one_image_at_a_time_where_openvino_takes_no_batch_of_any_size(
     reason, quantized, batch, tmp_path, monkeypatch
 ):
     """As LeViT's and MViTv2's `ptq4vit_plus` in OpenVINO 2026.4."""
-    from ptq4vit_plugin.integrations import openvino as exporter
+    from ptq4vit_plugin.integrations.openvino import ir as exporter
 
     if reason == "it cannot compile it":
         precisions = exporter._precisions
@@ -373,7 +373,7 @@ def test_one_image_at_a_time_where_openvino_takes_no_batch_of_any_size(
 def test_what_counts_as_wrong_for_a_batch_of_any_size(
     free, fixed, right, quantized, batch, monkeypatch
 ):
-    from ptq4vit_plugin.integrations import openvino as exporter
+    from ptq4vit_plugin.integrations.openvino import ir as exporter
 
     model, x = quantized("vit", 6), batch("vit", 2, seed=2)
     with torch.no_grad():

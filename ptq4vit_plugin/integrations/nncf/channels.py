@@ -84,7 +84,7 @@ def norm_paths(
     linears = {op.name: op for op in found if op.kind == "linear"}
     norms = {}
     for node in graph.topological_sort():
-        parameters = _norm_parameters(graph, node)
+        parameters = _norm_parameters(model, graph, node)
         consumers = _leaves(graph, node, KEEPS_NUMBERS)
         if parameters is not None and consumers and set(consumers) <= set(linears):
             norms[node.node_name] = (parameters, [linears[name] for name in sorted(consumers)])
@@ -187,8 +187,10 @@ def unreached_linears(
     return linears
 
 
-def _norm_parameters(graph: NNCFGraph, node: NNCFNode) -> tuple[str, str | None] | None:
-    """Names of a norm's weight and bias, if nothing else uses them."""
+def _norm_parameters(
+    model: nn.Module, graph: NNCFGraph, node: NNCFNode
+) -> tuple[str, str | None] | None:
+    """Names of a norm's weight and bias, if they are parameters and nothing else uses them."""
     if node.node_type not in NORMS:
         return None
     constants = [
@@ -199,6 +201,8 @@ def _norm_parameters(graph: NNCFGraph, node: NNCFNode) -> tuple[str, str | None]
     if not constants or any(len(graph.get_next_nodes(constant)) > 1 for constant in constants):
         return None
     names = [constant.node_name for constant in constants]
+    if not set(names) <= {name for name, _ in model.named_parameters()}:
+        return None  # a buffer stays as it is
     return names[0], names[1] if len(names) > 1 else None
 
 

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
-from nncf.common.graph.graph import NNCFGraph, NNCFNode
+from nncf.common.graph.graph import NNCFGraph, NNCFGraphEdge, NNCFNode
 
 from ptq4vit_plugin.integrations.nncf.heads import head_dimension
 from ptq4vit_plugin.integrations.nncf.hooks import is_factor
@@ -47,7 +47,7 @@ ACTIVATIONS = frozenset(
 )
 PRODUCTS = frozenset(
     """
-    matmul __matmul__ bmm mm
+    matmul __matmul__ bmm mm linalg_matmul
     """.split()
 )
 # Contractions that are seen and not quantized, each with the reason that the plan gives.
@@ -66,7 +66,19 @@ NOT_QUANTIZED = {
     "__rmatmul__": "its operands are in reverse order",
     "addbmm": "a sum of products over the batch",
     "mv": "a product with a vector",
+    "addmv": "a product with a vector",
+    "addmv_": "a product with a vector",
     "dot": "a product of two vectors",
+    "vdot": "a product of two vectors",
+    "linalg_vecdot": "a product of two vectors",
+    "linalg_multi_dot": "a chain of products hides those between",
+    "chain_matmul": "a chain of products hides those between",
+    "matrix_power": "a power of a matrix hides its products",
+    "linalg_matrix_power": "a power of a matrix hides its products",
+    "smm": "products of sparse matrices are not supported",
+    "_sparse_mm": "products of sparse matrices are not supported",
+    "addmm_": "it writes into its bias",
+    "baddbmm_": "it writes into its bias",
     "rnn_tanh": "recurrent layers are not supported",
     "rnn_relu": "recurrent layers are not supported",
     "gru": "recurrent layers are not supported",
@@ -76,6 +88,12 @@ NOT_QUANTIZED = {
     "addmm": "addmm carries its bias as port 0",
     "baddbmm": "baddbmm carries its bias as port 0",
 }
+# Of these, products of the last two tensors given: every output number takes a row of the first.
+OF_LAST_TWO = frozenset(
+    """
+    inner mv addmv addmv_ dot vdot linalg_vecdot smm _sparse_mm addmm addmm_ baddbmm baddbmm_
+    """.split()
+)
 OPERAND_NAMES = {"linear": ("input", "weight", "bias"), "conv2d": ("input", "weight", "bias")}
 
 
@@ -175,8 +193,7 @@ def _describe(
     if kind != "matmul":
         if 1 in varying:
             return left_out("its weight depends on the image")
-        weight = edges[1].from_node if 1 in edges else None
-        if weight is None or weight.node_type != "nncf_model_const" or weight.node_name in buffers:
+        if _parameter(edges.get(1), buffers) is None:
             # Standardised, sliced or otherwise computed in forward: quantized where it arrives.
             sources[1] = Source("weight")
     else:
@@ -184,7 +201,6 @@ def _describe(
             port: source if port in varying else Source("constant")
             for port, source in sources.items()
         }
-    bias = edges[2].from_node if kind != "matmul" and 2 in edges else None
     return FoundOp(
         name=node.node_name,
         kind=kind,
@@ -193,10 +209,18 @@ def _describe(
         shapes=shapes,
         output_shape=output_shape,
         macs=macs,
-        bias=bias.node_name if bias is not None and bias.node_type == "nncf_model_const" else None,
+        bias=_parameter(edges.get(2), buffers) if kind != "matmul" else None,
         convolution=_convolution(node) if kind == "conv2d" else {},
         heads=head_dimension(graph, node, len(output_shape)) if kind == "matmul" else None,
     )
+
+
+def _parameter(edge: NNCFGraphEdge | None, buffers: Collection[str]) -> str | None:
+    """Name of the parameter that an edge brings; None for what is computed, and for a buffer."""
+    if edge is None or edge.from_node.node_type != "nncf_model_const":
+        return None
+    name = edge.from_node.node_name
+    return None if name in buffers else name
 
 
 def _operand_shapes(node: NNCFNode) -> dict[int, tuple[int, ...]]:
@@ -229,13 +253,18 @@ def _misplaced(node: NNCFNode, kind: OpKind) -> bool:
 
 
 def _hidden_macs(graph: NNCFGraph, node: NNCFNode) -> int:
-    """Multiply-accumulates of a convolution that is not quantized; 0 for what has no known size."""
+    """Multiply-accumulates of an op that is not quantized; 0 for what has no known size."""
+    outputs = graph.get_output_edges(node)
+    if node.node_type in OF_LAST_TWO and outputs:
+        call = node.layer_attributes
+        given = (*call.op_args, *call.op_kwargs.values())
+        left, _ = [value.shape for value in given if hasattr(value, "shape")][-2:]
+        return prod(outputs[0].tensor_shape) * left[-1]
     if not node.node_type.startswith("conv"):
         return 0
     shapes = _operand_shapes(node)
     # A transposed convolution spreads every input number over the kernel, an ordinary one gathers
     # the kernel for every output number.
-    outputs = graph.get_output_edges(node)
     spread = "transpose" in node.node_type or not outputs
     return prod(shapes[0] if spread else outputs[0].tensor_shape) * prod(shapes[1][1:])
 

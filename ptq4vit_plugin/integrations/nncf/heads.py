@@ -71,7 +71,10 @@ def _before(
         source = _viewed(node, tuple(edges[0].tensor_shape), after.output_port_id, digit)
         if source is not None:
             return edges[0], source
-    if node.node_type.strip("_") in ("matmul", "bmm") and digit.dim == len(shape) - 1:
+    if (
+        node.node_type.strip("_") in ("matmul", "bmm", "linalg_matmul")
+        and digit.dim == len(shape) - 1
+    ):
         edges = edges[1:]
     # Arithmetic, norms, pieces and joints keep the order of dimensions.
     edges = [edge for edge in edges if len(edge.tensor_shape) == len(shape)]

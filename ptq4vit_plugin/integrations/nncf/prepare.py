@@ -51,7 +51,8 @@ def bare(model: nn.Module) -> nn.Module:
     Raises
     ------
     ModelError
-        It is a scripted or traced model, whose calls Python does not see.
+        It is a scripted or traced model, whose calls Python does not see, or a child of it is, or
+        is compiled by itself.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: {type(model).__name__} is not a torch.nn.Module")
@@ -64,4 +65,10 @@ def bare(model: nn.Module) -> nn.Module:
         return bare(model._orig_mod)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return bare(model.module)
+    for name, child in model.named_modules():
+        if isinstance(child, (torch.jit.ScriptModule, OptimizedModule)):
+            raise ModelError(
+                f"model: '{name}' is a scripted or compiled module, in which ops cannot be hooked; "
+                "give the model with the torch.nn.Module it was made from"
+            )
     return model
