@@ -167,7 +167,8 @@ def load_file(path: str | PathLike[str]) -> Any:
 class _Loader(yaml.SafeLoader):
     """Refuses a mapping with a key that stands twice, of which YAML would take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -176,7 +177,7 @@ class _Loader(yaml.SafeLoader):
                         problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
                     )
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.capture import (
     Batch,
     batches,
+    example_of,
     frozen,
     outputs_of,
     run,
     taken_by_the_model,
-    with_two_images,
 )
 from ptq4vit_plugin.integrations.nncf.prepare import bare, prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
@@ -52,8 +52,7 @@ def quantize(
         Of a compiled or data-parallel model the one inside is quantized.
     calibration_dataset
         An ``nncf.Dataset``, or any iterable of image batches ``[B, C, H, W]`` or (images, labels)
-        pairs. The paper uses 32 training images with the model's own test transform. One image
-        alone is taken twice: heads show in a batch of two.
+        pairs. The paper uses 32 training images with the model's own test transform.
     compression
         A registered algorithm's name, a mapping ``{"algorithm": ..., fields}``, a list of these
         (steps of one NNCF pipeline), or a `config.Config`.
@@ -87,7 +86,7 @@ def quantize(
     """
     model = bare(model)
     steps = configs.compression(compression)
-    data = with_two_images(batches(calibration_dataset))
+    data = batches(calibration_dataset)
     promises = [i for i, (_, fields) in enumerate(steps) if fields.get("accuracy")]
     if len(promises) > 1:
         raise ConfigError("compression: more than one step promises an accuracy; allowed: one")
@@ -103,9 +102,10 @@ def _quantized(
     model = copy.deepcopy(model).eval()
     # Without its calls taken apart NNCF cannot trace every model; each step decides on its own
     # whether it needs attention unfused.
-    fuse_attention(model, prepare(model, data[0].to(model)))
-    wrapper = hooks.with_graph(model, data[0].to(model).example)
-    with taken_by_the_model(data[0]):
+    example = example_of(data).to(model)
+    fuse_attention(model, prepare(model, example))
+    wrapper = hooks.with_graph(model, example.example)
+    with taken_by_the_model(example):
         wrapper.get_graph()
     made = [algorithm(dataset=data, **fields) for algorithm, fields in steps]
     for algorithm in made:
@@ -213,7 +213,7 @@ def plan(model: nn.Module, example_input: Any, compression: Any = "ptq4vit") -> 
     if not searches:
         raise ConfigError("compression: no step of it searches scales, so there is no plan to show")
     model = copy.deepcopy(bare(model)).eval()
-    batch = with_two_images(batches([example_input]))[0].to(model)
+    batch = example_of(batches([example_input])).to(model)
     prepare(model, batch)
     with taken_by_the_model(batch):
         graph = hooks.trace(model, batch.example)

@@ -12,6 +12,7 @@ from ptq4vit_plugin import pipeline
 from ptq4vit_plugin.algorithms.accuracy import Move, hold_drop, ranked_moves
 from ptq4vit_plugin.algorithms.mixed_precision import choose_bits
 from ptq4vit_plugin.errors import ConfigError, DataError
+from ptq4vit_plugin.record import record_of
 
 CHOICES = (4, 6, 8)
 
@@ -130,3 +131,24 @@ def test_the_float_model_that_is_left_is_in_evaluation_mode(monkeypatch):
     assert model.training
     x = images(1, seed=3)[0]
     assert torch.equal(result(x), model.eval()(x))
+
+
+def test_bits_that_an_override_sets_are_not_chosen_and_count():
+    head = {"head/linear/0": {"weights": {"bits": 8}, "activations": {"bits": 8}}}
+    config = {
+        "algorithm": "ptq4vit",
+        "rounds": 1,
+        "search_range": {"n": 10},
+        "mixed_precision": {"average_bits": 5},
+        "scope_overrides": head,
+    }
+    record = record_of(ptq.quantize(small_vit(1), images(1), config))
+    widths = {
+        op.name: max(o.bits for o in op.operands if o.source != "image") for op in record.plan.ops
+    }
+    macs = {op.name: op.macs for op in record.plan.ops}
+    assert widths["head/linear/0"] == 8 and min(widths.values()) == 4
+    assert sum(macs[op] * widths[op] for op in macs) <= 5 * sum(macs.values())
+    pinned = {"{re}blocks": {"weights": {"bits": 8}, "activations": {"bits": 8}}}
+    with pytest.raises(ConfigError, match="average_bits: 5 leaves -.* bits for the ops whose bits"):
+        ptq.quantize(small_vit(1), images(1), config | {"scope_overrides": pinned})

@@ -13,9 +13,10 @@ from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import capture, hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches, record, with_two_images
+from ptq4vit_plugin.integrations.nncf.capture import batches, example_of, record
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.record import record_of
 
 
 def prepared(device="cpu"):
@@ -257,17 +258,23 @@ def single(*shapes):
 
 
 @pytest.mark.parametrize(
-    ("given", "made"),
-    [
-        ([(2, 8), (1, 8)], [(2, 8), (1, 8)]),
-        ([(1, 8), (1, 8), (1, 8)], [(2, 8), (1, 8)]),
-        ([(1, 8)], [(2, 8)]),
-        ([(1, 8), (3, 6)], [(2, 8), (3, 6)]),
-    ],
+    ("given", "size"), [([(3, 8), (1, 8)], 3), ([(1, 8), (1, 8)], 2), ([(1, 8), (2, 6)], 2)]
 )
-def test_a_model_is_traced_with_two_images_at_least(given, made):
+def test_a_model_is_traced_with_two_images_at_least(given, size):
     data = batches([(x, torch.arange(len(x))) for x in single(*given)])
-    found = with_two_images(data)
-    assert [(len(b), b.args[0].shape[-1]) for b in found] == made
-    assert [len(b.labels) for b in found] == [n for n, _ in made]
-    assert {float(v) for b in found for v in b.args[0].unique()} == set(range(len(given)))
+    example = example_of(data)
+    assert len(example) == len(example.labels) == size and example.args[0].shape[-1] == 8
+
+
+def test_what_all_images_share_is_not_joined():
+    x, mask, factor = torch.randn(2, 1, 3, 8, 8), torch.eye(3), torch.tensor([0.5])
+    one, two = batches([(x[0], mask, factor, torch.zeros(1)), (x[1], mask, factor, torch.ones(1))])
+    joined = one.joined(two)
+    assert torch.equal(joined.args[0], x.flatten(0, 1))
+    assert joined.args[1] is mask and joined.args[2] is factor
+    assert joined.args[3].tolist() == [0, 1]  # differs, so it is of the image
+
+
+def test_one_image_is_counted_once():
+    result = ptq.quantize(small_vit(1), [images(1)[0][:1]], "ptq4vit")
+    assert record_of(result).images == 1

@@ -403,6 +403,9 @@ def test_files_that_are_no_config(write, content, name, message):
 def test_a_merged_mapping_may_repeat_keys(write):
     text = "a: &a {split: val, samples: 4}\nb: {<<: *a, samples: 5}"
     assert config.load_file(write(text))["b"] == {"split": "val", "samples": 5}
+    # A shallow mapping is made first, and writes what it merges into the deeper one.
+    text = "a: {b: {c: &c {<<: {x: 1, y: 2}, y: 3}}}\nd: {<<: *c}"
+    assert config.load_file(write(text)) == yaml.safe_load(text)
 
 
 def test_paths_may_begin_at_home(tiny, write, monkeypatch, tmp_path):

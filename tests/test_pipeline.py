@@ -215,6 +215,11 @@ def test_row_blocks_have_three_scales(model):
     assert (blocks == blocks[:, :1]).all() and len(blocks[:, 0].unique()) == 3
 
 
+def test_smooth_quant_of_a_quantized_model_is_refused(model):
+    with pytest.raises(ModelError, match="smooth_quant: the model is quantized already"):
+        ptq.quantize(model, images(), [short(), {"algorithm": "smooth_quant"}])
+
+
 def test_smooth_quant_then_ptq4vit_as_steps_of_one_config(model):
     result = ptq.quantize(model, images(), [{"algorithm": "smooth_quant"}, short()])
     kinds = [type(hook.module).__name__ for hook in hooks.hooks(result)]

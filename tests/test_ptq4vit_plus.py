@@ -93,7 +93,7 @@ def test_side_by_side_gives_float_targets_and_changed_inputs(net, images):
         first = len(seen) == 1
         return what.target * (2 if first else 1)
 
-    run_side_by_side(model, data, ops, visit, find_images(model, data[0], ops))
+    run_side_by_side(model, data, ops, visit, find_images(model, data, ops), 2)
     assert list(seen) == [op.name for op in ops]
     with torch.no_grad():
         expected = net(images[:4])
@@ -226,7 +226,7 @@ def test_compensation_does_not_depend_on_where_the_images_lie(layout, place):
     data = [torch.randn(4, 9, 12, generator=generator) for _ in range(3)]
     model = hooks.wrap(Tokens(layout).eval())
     ops, _ = find_ops(hooks.trace(model, data[0]), 4)
-    places = find_images(model, batches(data)[0], ops)
+    places = find_images(model, batches(data), ops)
     assert places == {
         "fc1/linear/0": place,
         "fc2/linear/0": place,
@@ -245,6 +245,34 @@ def test_images_in_front_and_back_again(place):
     front = place.first(x, count)
     assert front.shape[0] % count == 0
     assert torch.equal(place.back(front, count), x)
+
+
+class Picky(torch.nn.Module):
+    """What ordinary images pass and not a number does not; a mask and a factor for all images."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.table = torch.nn.Linear(12, 12), torch.nn.Embedding(20, 12)
+        self.register_buffer("left", torch.randn(12, 12) / 4)
+        self.head = torch.nn.Linear(12, 5)
+
+    def forward(self, x, mask, factor):
+        assert torch.isfinite(x).all()
+        x = x + self.table((x.mean(-1).sigmoid() * 19).long())
+        x = (self.fc(x) * factor) + (mask @ torch.ones_like(x))
+        return self.head((self.left @ x.mean(1).t()).t())  # the images are columns of this product
+
+
+def test_compensation_of_a_model_with_other_inputs_and_assertions():
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.eye(6)
+    data = [(torch.randn(4, 6, 12, generator=generator), mask, torch.tensor(0.7)) for _ in range(2)]
+    model = Picky().eval()
+    for name in ("ptq4vit", "ptq4vit_plus"):
+        quantized = ptq.quantize(model, data, config(8, algorithm=name))
+        with torch.no_grad():
+            assert logit_sqnr(model(*data[0]), quantized(*data[0])) > 25
 
 
 class TwoHeads(torch.nn.Module):

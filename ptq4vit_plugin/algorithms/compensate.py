@@ -21,7 +21,12 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.views import view_of
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, in_parts, token_weights
+from ptq4vit_plugin.integrations.nncf.capture import (
+    Batch,
+    example_of,
+    in_parts,
+    token_weights,
+)
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.streams import (
     Images,
@@ -103,15 +108,16 @@ class Compensate(CalibratedAlgorithm, Repairs):
             (hook.op, hook.port if hook.when == "pre" else None): hook.module
             for hook in hooks.quantizers(module)
         }
-        first = data[0].to(module)
+        first = example_of(data).to(module)
         with hooks.unquantized(module):
             graph = hooks.trace(module, first.example)
             buffers = {name for name, _ in module.named_buffers()}
             ops, _ = find_ops(graph, len(first), buffers)
             # A weight or bias that is computed in forward cannot be written to.
             ops = [op for op in ops if op.kind == "matmul" or op.sources[1].parameter]
-            places = find_images(module, first, ops)
-            importance = self._importance(module, data, ops, places)
+            places = find_images(module, data, ops)
+            parts = in_parts(data, ops, len(first))
+            importance = self._importance(module, parts, ops, places)
             shared = _shared_parameters(ops)
             exchanged: list[tuple[nn.Module, nn.Module]] = []
 
@@ -140,7 +146,7 @@ class Compensate(CalibratedAlgorithm, Repairs):
                         exchanged.append((quantizer, changed))
                 return layer.output()
 
-            run_side_by_side(module, data, ops, visit, places)
+            run_side_by_side(module, data, ops, visit, places, len(first))
         for old, new in exchanged:
             hooks.replace(module, old, new)
 
@@ -149,15 +155,15 @@ class Compensate(CalibratedAlgorithm, Repairs):
         module: nn.Module,
         data: Sequence[Batch],
         ops: Sequence[FoundOp],
-        places: Mapping[str, Images],
+        places: Mapping[str, Images | None],
     ) -> dict[str, Tensor]:
         """Weights of the tokens of ops, image after image; none where no token has any."""
         if self.gradient is None:
             return {}
         weights = token_weights(
             module,
-            in_parts(data, ops, len(data[0])),
-            [op for op in ops if op.kind != "matmul"],
+            data,
+            [op for op in ops if op.kind != "matmul" and places.get(op.name) is not None],
             self.gradient,
             lambda name, x, images: places[name].first(x, images),
         )

@@ -20,7 +20,7 @@ from ptq4vit_plugin.algorithms.folding.rescale import (
 from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, outputs_of, run
+from ptq4vit_plugin.integrations.nncf.capture import Batch, example_of, outputs_of, run
 from ptq4vit_plugin.integrations.nncf.channels import (
     NormPath,
     ScorePath,
@@ -98,7 +98,7 @@ class FoldNorms(CalibratedAlgorithm, Folds):
         """`apply` for a bare module and checked batches."""
         if next(hooks.quantizers(module), None) is not None:
             raise ModelError("fold_norms: the model is quantized already; fold it before that")
-        first = data[0].to(module)
+        first = example_of(data).to(module)
         switched = prepare(module, first)
         graph = hooks.trace(module, first.example)
         found, _ = find_ops(graph, len(first), {name for name, _ in module.named_buffers()})

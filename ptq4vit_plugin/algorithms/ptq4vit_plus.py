@@ -12,6 +12,7 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.algorithms.settings import Activations, QuantizerName, Twin, TwinChoice
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.capture import example_of
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.nncf.streams import find_images
@@ -60,14 +61,15 @@ class PTQ4ViTPlus(ScaleSearch):
         """Fold, search and compensate in place; return the model. Raises as the three steps do."""
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
-        prepare(module, data[0].to(module))
+        example = example_of(data).to(module)
+        prepare(module, example)
         if any(dict(self.fold).values()):
             FoldNorms(**dict(self.fold)).fold(module, data)
-        graph = hooks.trace(module, data[0].to(module).example)
+        graph = hooks.trace(module, example.example)
         repairs = any(dict(self.compensate).values())
         if repairs:  # refused here, a model that mixes images is not searched in vain
             buffers = {name for name, _ in module.named_buffers()}
-            find_images(module, data[0], find_ops(graph, len(data[0]), buffers)[0])
+            find_images(module, data, find_ops(graph, len(example), buffers)[0])
         super().apply(model, graph, dataset=data)
         if repairs:
             gradient = self.gradient if self.metric == "hessian" else None

@@ -40,18 +40,23 @@ from ptq4vit_plugin.algorithms.settings import (
 )
 from ptq4vit_plugin.algorithms.target import Target, fitted
 from ptq4vit_plugin.algorithms.twin_choice import settled
-from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.errors import ConfigError, ModelError
 from ptq4vit_plugin.integrations import distributed
 from ptq4vit_plugin.integrations.device import device_of, free_memory, peak_memory
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import Batch, in_parts, recorded_bytes
+from ptq4vit_plugin.integrations.nncf.capture import (
+    Batch,
+    example_of,
+    in_parts,
+    recorded_bytes,
+)
 from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.nncf.replay import replayable_blocks
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
-from ptq4vit_plugin.plan import FoundOp, Plan
+from ptq4vit_plugin.plan import FoundOp, Op, Plan
 from ptq4vit_plugin.quantizers.base import SearchRange
 from ptq4vit_plugin.quantizers.half import in_float32
 from ptq4vit_plugin.record import OpRecord, QuantizationRecord, attach
@@ -210,14 +215,14 @@ class ScaleSearch(CalibratedAlgorithm):
         started = time.perf_counter()
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
-        example = data[0].to(module)
+        example = example_of(data).to(module)
         before = is_decomposed(module)
         switched = prepare(module, example)
         if switched or is_decomposed(module) != before:
             graph = hooks.trace(module, example.example)
         fold_batch_norms(module, graph)
-        plan, found = self.plan(module, graph, len(data[0]))
-        check_products(module, in_parts(data, found.values(), len(data[0])), plan, found)
+        plan, found = self.plan(module, graph, len(example))
+        check_products(module, in_parts(data, found.values(), len(example)), plan, found)
         if self.mixed_precision is not None:
             plan = self._mixed(module, data, plan, found)
         quantizers, records, runs = self._calibrate(module, data, plan, found)
@@ -251,17 +256,45 @@ class ScaleSearch(CalibratedAlgorithm):
             update={"rounds": 1, "search_range": replace(self.search_range, n=SENSITIVITY_STEPS)}
         )
         coarse.keep_finished_ops(None)  # they are not the ops of the result
+        ops = [op for op in plan.ops if not self._pins_bits(op.name)]
+        if not ops:
+            return plan
         objectives = [
             {r.name: r.objective_after for r in coarse._calibrate(module, data, at, found)[1]}
-            for at in (plan.at_bits(dict.fromkeys(found, bits)) for bits in wanted.choices)
+            for at in (plan.at_bits({op.name: bits for op in ops}) for bits in wanted.choices)
         ]
+        cost = {
+            op.name: op.macs if wanted.budget == "macs" else _size(found[op.name])
+            for op in plan.ops
+        }
+        fixed = sum(cost[op.name] * _width(op) for op in plan.ops if op not in ops)
+        free = sum(cost[op.name] for op in ops)
+        average = wanted.average_bits
+        if free:
+            average = (average * sum(cost.values()) - fixed) / free
+        if average < min(wanted.choices):
+            raise ConfigError(
+                f"mixed_precision.average_bits: {wanted.average_bits:g} leaves {average:.2f} bits "
+                "for the ops whose bits no override sets; allowed: at least "
+                f"{min(wanted.choices)} for them"
+            )
         chosen = choose_bits(
-            [[objective[op.name] for objective in objectives] for op in plan.ops],
-            [op.macs if wanted.budget == "macs" else _size(found[op.name]) for op in plan.ops],
+            [[objective[op.name] for objective in objectives] for op in ops],
+            [cost[op.name] for op in ops],
             wanted.choices,
-            wanted.average_bits,
+            average,
         )
-        return plan.at_bits({op.name: bits for op, bits in zip(plan.ops, chosen, strict=True)})
+        return plan.at_bits({op.name: bits for op, bits in zip(ops, chosen, strict=True)})
+
+    def _pins_bits(self, op_name: str) -> bool:
+        """Whether an override says how many bits an op has; then they are not chosen."""
+        sections = [
+            section
+            for scope, override in self.scope_overrides.items()
+            if matches(scope, op_name)
+            for section in (override.weights, override.activations)
+        ]
+        return any(section and "bits" in section.model_fields_set for section in sections)
 
     def _calibrate(
         self, module: nn.Module, data: Sequence[Batch], plan: Plan, found: dict[str, FoundOp]
@@ -272,7 +305,7 @@ class ScaleSearch(CalibratedAlgorithm):
         )
         records, quantizers = _restored(finished, plan, module)
         waiting = plan.ops[len(records) :]
-        example = len(data[0])
+        example = len(example_of(data))
         data = in_parts(distributed.share(data), found.values(), example)
         gradient = self.gradient if self.metric == "hessian" else None
         images = sum(map(len, data))
@@ -345,6 +378,11 @@ class ScaleSearch(CalibratedAlgorithm):
             images = sum(map(len, data))
             blocks = {block: size * images for block, size in per_image.items()}
         return schedule(ops, sizes, blocks, budget)
+
+
+def _width(op: Op) -> int:
+    """The larger of an op's widths; what stays in float does not count."""
+    return max((operand.bits for operand in op.operands if operand.bits), default=0)
 
 
 def _size(found: FoundOp) -> int:

@@ -75,17 +75,22 @@ class Batch:
             yield replace(self.of(images), first=self.first + start)
 
     def joined(self, other: Batch) -> Batch:
-        """The images of both.
+        """The images of both. What is the same for all images stays as it is.
 
         Raises
         ------
         RuntimeError
-            They differ in size.
+            The images differ in size.
         """
+        images = next(v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
 
         def join(value: Any, more: Any) -> Any:
-            per_image = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
-            return torch.cat([value, more]) if per_image else value
+            if not isinstance(value, Tensor) or not value.ndim or len(value) != len(self):
+                return value
+            # Of one image it does not show whether a tensor of length 1 is of the image or of all.
+            if value is not images and len(self) == 1 and torch.equal(value, more):
+                return value
+            return torch.cat([value, more])
 
         labelled = self.labels is not None and other.labels is not None
         return replace(
@@ -157,18 +162,16 @@ def batches(dataset: Any) -> list[Batch]:
     return result
 
 
-def with_two_images(data: Sequence[Batch]) -> list[Batch]:
-    """The same batches, with two images at least in the first, by which a model is traced.
+def example_of(data: Sequence[Batch]) -> Batch:
+    """The batch by which a model is traced: the first, or one of two images if that has only one.
 
     One image alone does not tell a dimension (image, head) from one of heads. If there is no other
-    of its size it is taken twice, which weighs nothing else.
+    of its size it is taken twice.
     """
     first, *rest = data
     if len(first) > 1:
-        return list(data)
-    if rest and _shapes(rest[0]) == _shapes(first):
-        return [first.joined(rest[0]), *rest[1:]]
-    return [first.joined(first), *rest]
+        return first
+    return first.joined(next((b for b in rest if _shapes(b) == _shapes(first)), first))
 
 
 def _shapes(batch: Batch) -> list[Any]:

@@ -11,6 +11,9 @@ from nncf.quantization.algorithms.algorithm import Algorithm
 from nncf.quantization.algorithms.smooth_quant.algorithm import SmoothQuant
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.integrations.nncf.hooks import quantizers, unwrap
+
 
 class SmoothQuantStep(BaseModel, Algorithm):
     """NNCF's SmoothQuant: moves activation outliers into the weights of the linears that follow.
@@ -45,5 +48,13 @@ class SmoothQuantStep(BaseModel, Algorithm):
     def apply(
         self, model: Any, graph: NNCFGraph, statistic_points: Any = None, dataset: Any = None
     ) -> Any:
-        """Run NNCF's algorithm."""
+        """Run NNCF's algorithm.
+
+        Raises
+        ------
+        ModelError
+            The model is quantized already, by scales that would fit no more.
+        """
+        if next(quantizers(unwrap(model)), None) is not None:
+            raise ModelError("smooth_quant: the model is quantized already; smooth it before that")
         return self._algorithm.apply(model, graph, statistic_points, dataset)

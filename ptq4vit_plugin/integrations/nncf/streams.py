@@ -9,7 +9,8 @@ to be stored or run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch
+from ptq4vit_plugin.integrations.nncf.capture import Batch, example_of, run
 from ptq4vit_plugin.plan import FoundOp
 
 
@@ -74,56 +75,90 @@ class Images:
 
 
 @torch.no_grad()
-def find_images(model: nn.Module, batch: Batch, ops: Sequence[FoundOp]) -> dict[str, Images]:
-    """Where the images lie in every op, proved by running it: not a number in the second of two
-    images marks all that is computed from it.
+def find_images(
+    model: nn.Module, data: Sequence[Batch], ops: Sequence[FoundOp]
+) -> dict[str, Images | None]:
+    """Where the images lie in every op, proved by running it: of two images the second is exchanged
+    for another, and what changes is of that one.
 
     Parameters
     ----------
     model
         Wrapped by NNCF, in evaluation mode.
-    batch
-        Any images; the first is taken. What has no floating-point tensors cannot be marked, and is
-        taken to have its images in front everywhere.
+
+    Returns
+    -------
+    dict
+        By op name. None for a product or convolution whose images lie elsewhere than in front.
 
     Raises
     ------
     ModelError
-        An op's operand depends on several images.
+        An op computes with several images together.
     """
-    found: dict[str, Images] = {}
+    before, after = _two_images(data)
+    ports = [(op.name, port) for op in ops for port in _ports(op)]
+    kept: dict[tuple[str, int], Tensor] = {}
+    changed: dict[tuple[str, int], Tensor] = {}
 
-    def see_in(op: FoundOp, port: int) -> Callable[[Tensor], None]:
-        channel = 1 if op.kind == "conv2d" else -1
-
+    def keep(place: tuple[str, int]) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
-            place = _marked(x.isnan().any(channel))
-            if place is None or (op.kind != "linear" and place != Images()):
-                raise ModelError(
-                    f"compensate: {op.name} computes with the images of a batch together, so that "
-                    "the float and the quantized model cannot run side by side; use algorithm: "
-                    "ptq4vit"
-                )
-            found.setdefault(op.name, place)
+            kept[place] = x.clone()
 
         return see
 
-    def marked(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return torch.cat([value, value]) if isinstance(value, Tensor) else value
-        return torch.cat([value, torch.full_like(value, torch.nan)])
+    def compare(place: tuple[str, int]) -> Callable[[Tensor], None]:
+        def see(x: Tensor) -> None:
+            changed[place] = x != kept.pop(place)
 
-    one = batch.of(torch.arange(1)).to(model)
-    ports = [(op, port) for op in ops for port in _ports(op)]
-    with hooks.watching(model, {(op.name, port): see_in(op, port) for op, port in ports}, {}):
-        model(*map(marked, one.args), **{key: marked(value) for key, value in one.kwargs.items()})
+        return see
+
+    for batch, look in ((before, keep), (after, compare)):
+        with hooks.watching(model, {place: look(place) for place in ports}, {}):
+            run(model, batch.to(model))
+    found = {}
+    for op in ops:
+        masks = [changed[op.name, p] for p in _ports(op) if (op.name, p) in changed]
+        if op.kind == "linear":
+            masks = [mask.any(-1) for mask in masks]
+        places = [_marked(mask) for mask in masks if mask.any()]
+        if None in places or (len(places) == 2 and set(places) != {Images()}):
+            raise ModelError(
+                f"compensate: {op.name} computes with the images of a batch together, so that "
+                "the float and the quantized model cannot run side by side; use algorithm: "
+                "ptq4vit"
+            )
+        place = places[0] if places else Images()
+        found[op.name] = place if op.kind == "linear" or place == Images() else None
     return found
+
+
+def _two_images(data: Sequence[Batch]) -> tuple[Batch, Batch]:
+    """A batch of one image twice, and of that and another."""
+    example = example_of(data)
+    same = example.of(torch.tensor([0, 0]))
+    for other in range(1, len(example)):
+        pair = example.of(torch.tensor([0, other]))
+        values = zip(
+            (*same.args, *same.kwargs.values()), (*pair.args, *pair.kwargs.values()), strict=True
+        )
+        if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in values):
+            return same, pair
+
+    def mirrored(value: Any) -> Any:  # there is no other
+        if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != 2:
+            return value
+        return torch.cat([value[:1], value[1:].flip(-1)])
+
+    return same, replace(
+        same,
+        args=tuple(map(mirrored, same.args)),
+        kwargs={key: mirrored(value) for key, value in same.kwargs.items()},
+    )
 
 
 def _marked(mask: Tensor) -> Images | None:
     """Where the images lie in a tensor of two of which the second is marked; None if nowhere."""
-    if not mask.any():
-        return Images()
     for dim, inner in ((0, False), *((dim, False) for dim in range(1, mask.ndim)), (0, True)):
         if mask.shape[dim] % 2 == 0:
             parts = mask.unflatten(dim, (-1, 2) if inner else (2, -1))
@@ -143,7 +178,8 @@ def run_side_by_side(
     data: Sequence[Batch],
     ops: Sequence[FoundOp],
     visit: Callable[[FoundOp, Seen], Tensor],
-    places: Mapping[str, Images],
+    places: Mapping[str, Images | None],
+    traced: int,
 ) -> None:
     """Visit every op in the order of execution; what `visit` returns goes on as its output.
 
@@ -154,10 +190,13 @@ def run_side_by_side(
     data
         All batches run as one.
     places
-        The result of `find_images`. What an op sees has its images in front.
+        The result of `find_images`. What an op sees has its images in front; those without a place
+        are not visited, and stay as they are in both halves.
+    traced
+        How many images the shapes of the ops are of.
     """
     images = sum(map(len, data))
-    traced = len(data[0])
+    ops = [op for op in ops if places.get(op.name) is not None]
     arrived: dict[tuple[str, int], Tensor] = {}
 
     def keep(place: tuple[str, int]) -> Callable[[Tensor], None]:
@@ -175,7 +214,7 @@ def run_side_by_side(
         return x[: len(x) // 2], x[len(x) // 2 :]
 
     def treat(op: FoundOp) -> Callable[[Tensor], Tensor]:
-        place = places.get(op.name, Images())
+        place = places[op.name]
 
         def see(y: Tensor) -> Tensor:
             halves = {
@@ -197,14 +236,6 @@ def run_side_by_side(
 
     inputs = {(op.name, port): keep((op.name, port)) for op in ops for port in _ports(op)}
     outputs = {op.name: treat(op) for op in ops}
-    args, kwargs = _twice([batch.to(model) for batch in data])
+    whole = reduce(Batch.joined, [batch.to(model) for batch in data])
     with hooks.watching(model, inputs, outputs):
-        model(*args, **kwargs)
-
-
-def _twice(data: Sequence[Batch]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def join(values: list[Any]) -> Any:
-        return torch.cat([*values, *values]) if isinstance(values[0], Tensor) else values[0]
-
-    args = tuple(join(list(values)) for values in zip(*(b.args for b in data), strict=True))
-    return args, {key: join([b.kwargs[key] for b in data]) for key in data[0].kwargs}
+        run(model, whole.joined(whole))
