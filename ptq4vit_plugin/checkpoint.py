@@ -26,7 +26,7 @@ from ptq4vit_plugin.integrations.timm.attention import (
     unfuse_attention,
 )
 from ptq4vit_plugin.integrations.timm.models import Recipe, recipe_of
-from ptq4vit_plugin.loading import architecture, read_header
+from ptq4vit_plugin.loading import architecture, match_types, read_header
 from ptq4vit_plugin.record import QuantizationRecord, attach, record_of
 
 FORMAT_VERSION = 1
@@ -149,10 +149,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-        # NNCF makes a hook's tensors in float32, also a factor that was saved in the model's type.
-        for name, value in model.state_dict(keep_vars=True).items():
-            if name.startswith("__nncf") and name in state:
-                value.data = value.data.to(state[name].dtype)
+        match_types(model, state)
         model.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         detail = " ".join(str(error).split())[:300]

@@ -347,8 +347,14 @@ def run(model: Path, images: list[Path]) -> None:
     preprocessing = exporter.preprocessing(model)
     transform, classify = preprocessing.transform(), exporter.read(model)
     for path in images:
-        with torch.inference_mode():
-            logits = classify(transform(open_image(path))[None])[0]
+        image = transform(open_image(path))
+        try:
+            with torch.inference_mode():
+                logits = classify(image[None])[0]
+        except Exception as error:  # runtimes' own errors have no common base
+            raise PTQ4ViTError(
+                f"'{model}' cannot run on an image of {list(image.shape)}: {one_line(error)[:300]}"
+            ) from error
         found = logits.float().softmax(0).topk(min(5, len(logits)))
         names = preprocessing.labels or [f"class {index}" for index in range(len(logits))]
         print(path)

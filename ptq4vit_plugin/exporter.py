@@ -21,9 +21,12 @@ class Exporter(ABC):
     ----------
     suffix
         Of the file that `write` writes, with its dot.
+    input_size
+        Channels, height and width of the images that the file is compared on, once they are known.
     """
 
     suffix: str
+    input_size: tuple[int, int, int] | None = None
 
     @abstractmethod
     def write(

@@ -21,8 +21,8 @@ from ptq4vit_plugin.errors import (
     RegistryError,
 )
 from ptq4vit_plugin.exporter import Exporter
-from ptq4vit_plugin.files import unwritable
-from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.files import file_mode, unwritable
+from ptq4vit_plugin.integrations.nncf.capture import batches, frozen
 from ptq4vit_plugin.integrations.timm.images import preprocessing
 from ptq4vit_plugin.verification import Artefact, op_differences
 
@@ -121,18 +121,19 @@ def export(
         allowed = ", ".join(registry.options("exporters", family)) or "none"
         raise ConfigError(f"export: {error}; options of '{format}': {allowed}") from error
     path = _target(Path(path), format, exporter.suffix)
-    model = model.eval()
     images = _images(model, example_input)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             part = Path(folder) / path.name
             artefact = Artefact(exporter, format, model, part, min_sqnr)
-            compared, image_size = artefact.write(images)
-            differences = op_differences(exporter, part, model, images[0]) if per_op else None
+            with frozen(model):
+                compared, image_size = artefact.write(images)
+                differences = op_differences(exporter, part, model, images[0]) if per_op else None
             files = sorted(Path(folder).iterdir())
             sizes = {file.name: file.stat().st_size for file in files}
             for file in files:
+                file.chmod(file_mode())  # not all libraries leave it to the umask
                 shutil.move(file, path.parent / file.name)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
@@ -196,7 +197,7 @@ def _images(model: nn.Module, example_input: Any) -> list[Tensor]:
     found = batches([example_input] if isinstance(example_input, Tensor) else example_input)
     if any(len(batch.args) != 1 or batch.kwargs for batch in found):
         raise ModelError("export: only models of one input, the images, can be exported")
-    return [batch.args[0].cpu() for batch in found]
+    return [batch.args[0].float().cpu() for batch in found]
 
 
 def _parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -53,7 +53,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         part = Path(name)
         yield part
         # mkstemp makes private files; a result is as readable as any other file of the user.
-        part.chmod(0o666 & ~_umask())
+        part.chmod(file_mode())
         part.replace(path)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
@@ -90,7 +90,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _umask() -> int:
+def file_mode() -> int:
+    """Who may read a new file, as the user's umask says."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask

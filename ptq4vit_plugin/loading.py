@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import CheckpointError
 from ptq4vit_plugin.integrations.nncf.prepare import bare
@@ -64,6 +65,14 @@ def read_header(path: Path, key: str, kind: str, schema: type[Header]) -> Header
     except (json.JSONDecodeError, AttributeError, ValidationError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(f"'{path}' has damaged metadata: {detail}") from error
+
+
+def match_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give the tensors of hooks the types they were saved in: NNCF makes them in float32, also a
+    factor of a model in half precision."""
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name.startswith("__nncf") and name in state:
+            value.data = value.data.to(state[name].dtype)
 
 
 def architecture(path: Path, recipe: Recipe | None, model: nn.Module | None) -> nn.Module:

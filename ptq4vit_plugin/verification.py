@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq4vit_plugin.errors import ExportError, PTQ4ViTError
+from ptq4vit_plugin.errors import ExportError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.exporter import Exporter
-from ptq4vit_plugin.integrations.device import device_of, has_int8_dot
+from ptq4vit_plugin.integrations.device import device_of, dtype_of, has_int8_dot
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.record import record_of
 
@@ -51,7 +51,11 @@ class Artefact:
         ------
         ExportError
             The file computes something else, or cannot be written.
+        ModelError
+            The model returns something else than a tensor.
         """
+        self.exporter.input_size = tuple(images[0].shape[1:])
+        _logits(self.model, [images[0][:1]])  # a model that cannot be compared is not written
         try:
             larger, *others = resized(self.model, images[0])
             self.facts = self.exporter.write(self.model, self.path, larger, (0, 2, 3))
@@ -105,7 +109,7 @@ def op_differences(
         return lambda output: simulated.update({name: output.float().cpu()})
 
     with hooks.watching(model, {}, {name: keep(name) for name in names}):
-        model(images.to(device_of(model)))
+        model(images.to(device_of(model), dtype_of(model)))
     found = exporter.op_outputs(path, names)(images)
     return {
         name: _relative(found[name].reshape(exact.shape) - exact, exact)
@@ -145,8 +149,13 @@ def resized(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 @torch.inference_mode()
 def _logits(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
-    device = device_of(model)
-    return torch.cat([model(batch.to(device)).cpu() for batch in images])
+    outputs = [model(batch.to(device_of(model), dtype_of(model))) for batch in images]
+    if not isinstance(outputs[0], Tensor):
+        raise ModelError(
+            f"export: the model returns {type(outputs[0]).__name__}; only models that return one "
+            "tensor can be exported"
+        )
+    return torch.cat([output.float().cpu() for output in outputs])
 
 
 @torch.inference_mode()

@@ -14,6 +14,12 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What type a model's first floating-point parameter has; float32 if it has none."""
+    types = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(types, torch.float32)
+
+
 def has_int8_dot(device: torch.device) -> bool:
     """Whether `torch._int_mm` runs on int8 dot-product hardware on this device.
 

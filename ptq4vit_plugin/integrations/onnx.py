@@ -85,7 +85,9 @@ class ONNXExporter(Exporter):
                 ) from error
         made = onnx.load(path)
         _keep_weights_as_codes(made.graph)
-        for key, value in zip(KEYS, (BLANK, preprocessing(model).model_dump_json()), strict=True):
+        for key, value in zip(
+            KEYS, (BLANK, preprocessing(model, self.input_size).model_dump_json()), strict=True
+        ):
             made.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(made, full_check=True)
         onnx.save(made, path)

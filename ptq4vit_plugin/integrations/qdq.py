@@ -51,6 +51,7 @@ def qdq_model(
         See `take_apart` and `check_rows`.
     """
     taken, found = take_apart(copy.deepcopy(model).cpu())
+    taken = taken.float()  # the type of what runtimes are given, whatever the model's is
     check_rows(found)
     ops = {op.name: QDQOp(op, per_tensor, unsigned_right, selected) for op in found}
     return ReplacedOps(taken, ops).eval(), found

@@ -9,9 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ptq4vit_plugin as ptq
-from ptq4vit_plugin import registry
+from ptq4vit_plugin import commands, registry
 from ptq4vit_plugin.cli import app
 from ptq4vit_plugin.errors import RegistryError
+from ptq4vit_plugin.integrations.integer.checkpoint import IntegerExporter
 
 
 @pytest.fixture
@@ -123,3 +124,21 @@ def test_run_refuses_what_is_no_model_or_no_image(checkpoint, image):
 def _exported(checkpoint):
     run("export", checkpoint)
     return checkpoint.parent / "model-integer.safetensors"
+
+
+def test_an_image_that_the_runtime_refuses_is_one_line(checkpoint, image, monkeypatch):
+    class Refuses:
+        def preprocessing(self, path):
+            return IntegerExporter().preprocessing(path)
+
+        def read(self, path):
+            def run(images):
+                raise RuntimeError("Got: 224\nExpected: 32")
+
+            return run
+
+    exported = _exported(checkpoint)
+    monkeypatch.setattr(commands, "exporter_of", lambda path: Refuses())
+    done = run("run", exported, image)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert "cannot run on an image of [3, 32, 32]: Got: 224 Expected: 32" in done.stderr

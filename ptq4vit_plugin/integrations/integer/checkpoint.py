@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import CheckpointError, ModelError
 from ptq4vit_plugin.exporter import Exporter
+from ptq4vit_plugin.integrations.device import dtype_of
 from ptq4vit_plugin.integrations.integer.model import drop_weight, integer_model
 from ptq4vit_plugin.integrations.integer.ops import (
     FloatWeightOp,
@@ -36,7 +37,7 @@ from ptq4vit_plugin.integrations.timm.attention import (
 )
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
 from ptq4vit_plugin.integrations.timm.models import Recipe, recipe_of
-from ptq4vit_plugin.loading import architecture, read_header
+from ptq4vit_plugin.loading import architecture, match_types, read_header
 from ptq4vit_plugin.plan import OpKind
 from ptq4vit_plugin.quantizers.branches import Branch
 from ptq4vit_plugin.sealing import BLANK, check_seal, seal
@@ -125,7 +126,9 @@ class IntegerExporter(Exporter):
             module = made.named_ops()[op.name]
             entry = _entry(op.name, op.kind, op.role, op.bits, op.parameter, module)
             key = f"ops.{op.name}.codes"
-            if self.packed and entry.shape is not None and op.bits[1] <= 4:
+            weighted = entry.shape is not None
+            # Codes with a zero point reach further than their bits say.
+            if self.packed and weighted and op.bits[1] <= 4 and fits_four_bits(op.grids[1][0]):
                 entry = entry.model_copy(update={"packed": True})
                 state[key] = pack(state[key])
             entries.append(entry)
@@ -135,7 +138,7 @@ class IntegerExporter(Exporter):
             decomposed=is_decomposed(model),
             nncf=_remaining_hooks(made.model),
             ops=tuple(entries),
-            preprocessing=preprocessing(model),
+            preprocessing=preprocessing(model, self.input_size),
         )
         # Without a recipe only this model itself knows how it is built.
         self._architecture = None if metadata.recipe else _without_hooks(made.model)
@@ -144,19 +147,20 @@ class IntegerExporter(Exporter):
         names = [op.name for op in found if op.integer]
         return {"integer_ops": len(names), "float_ops": [o.name for o in found if not o.integer]}
 
-    def read(self, path: Path) -> nn.Module:
-        """See `load`."""
-        return load(path, self._architecture)
+    def read(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Images to logits, in the model's own type inside; see `load`."""
+        model = load(path, copy.deepcopy(self._architecture))
+        return lambda images: model(images.to(dtype_of(model)))
 
     def op_outputs(self, path: Path, ops: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
         """The outputs of the modules that compute with integers."""
-        model = self.read(path)
+        model = load(path, copy.deepcopy(self._architecture))
         seen: dict[str, Tensor] = {}
         for name, op in model.named_ops().items():
             op.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y}))
 
         def run(images: Tensor) -> dict[str, Tensor]:
-            model(images)
+            model(images.to(dtype_of(model)))
             return seen
 
         return run
@@ -199,6 +203,7 @@ def load(path: Path, model: nn.Module | None = None) -> ReplacedOps:
             if isinstance(ops[entry.name], WeightedOp):
                 drop_weight(model, entry.parameter)
         rest = {key.removeprefix("model."): t for key, t in state.items() if key[:4] != "ops."}
+        match_types(model, rest)
         model.load_state_dict(rest)
     except (RuntimeError, AttributeError, KeyError, SafetensorError, nncf.InternalError) as error:
         detail = " ".join(str(error).split())[:300]
@@ -232,6 +237,11 @@ def pack(codes: Tensor) -> Tensor:
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
     return flat[0::2] | flat[1::2] << 4
+
+
+def fits_four_bits(branch: Branch) -> bool:
+    """Whether all codes are among those that `pack` keeps."""
+    return branch.lowest >= -8 and branch.highest <= 7
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:

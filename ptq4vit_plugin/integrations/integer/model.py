@@ -114,8 +114,11 @@ def _integer_op(model: nn.Module, op: QuantizedOp) -> IntegerOp:
             "ignored_scopes"
         )
     branches = op.grids[1]
-    if len(branches) > 1 or branches[0].highest > 127:
-        raise ModelError(f"{op.name}: a weight needs one grid of signed codes to be kept as int8")
+    if len(branches) > 1 or branches[0].highest > 127 or branches[0].lowest < -128:
+        raise ModelError(
+            f"{op.name}: a weight needs one grid of signed codes to be kept as int8; quantize "
+            "weights with 'uniform', or leave the op out with ignored_scopes"
+        )
     weight = model.get_parameter(op.parameter).detach().float()
     family = IntegerLinear if op.kind == "linear" else IntegerConv2d
     return family(left, branches[0].codes(weight).to(torch.int8), branches[0].scale)

@@ -93,7 +93,8 @@ class OpenVINOExporter(Exporter):
         made.inputs[0].get_tensor().set_names({"images"})
         made.outputs[0].get_tensor().set_names({"logits"})
         made.set_rt_info(BLANK, [SECTION, "seal"])
-        made.set_rt_info(preprocessing(model).model_dump_json(), [SECTION, "preprocessing"])
+        said = preprocessing(model, self.input_size).model_dump_json()
+        made.set_rt_info(said, [SECTION, "preprocessing"])
         if facts["float_products"] and not self.allow_float:
             raise ExportError(
                 f"export: OpenVINO runs {', '.join(facts['float_products'])} in float; quantize "
@@ -146,8 +147,13 @@ class OpenVINOExporter(Exporter):
             # The tracer's remarks on Python numbers; what it took for constants wrongly shows when
             # the file is compared at other sizes.
             warnings.simplefilter("ignore")
-            logging.getLogger("openvino").setLevel(logging.ERROR)
-            made = openvino.convert_model(lowered, example_input=example)
+            log = logging.getLogger("openvino")
+            level = log.level
+            log.setLevel(logging.ERROR)
+            try:
+                made = openvino.convert_model(lowered, example_input=example)
+            finally:
+                log.setLevel(level)
         made.reshape([-1 if d in dynamic else n for d, n in enumerate(example.shape)])
         fold_zero_points(made)
         keep_apart(made)

@@ -93,11 +93,16 @@ def image_transform(model: nn.Module) -> ImageTransform:
     return ImageTransform(channels, tuple(size), create_transform(**config, is_training=False))
 
 
-def _transform_config(model: nn.Module) -> dict[str, Any]:
-    """`timm.data.resolve_model_data_config` with the model's own size and channels."""
+def _transform_config(
+    model: nn.Module, input_size: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
+    """`timm.data.resolve_model_data_config` with the model's own size and channels, or those
+    given."""
     config = resolve_model_data_config(model)
     channels = input_channels(model) or config["input_size"][0]
     size = fixed_size(model) or tuple(config["input_size"][1:])
+    if input_size is not None:
+        channels, *size = input_size
     for key in ("mean", "std"):
         values = tuple(config[key])
         if len(values) != channels:
@@ -177,9 +182,12 @@ class Preprocessing(BaseModel):
         return ImageTransform(self.input_size[0], self.input_size[1:], pipeline)
 
 
-def preprocessing(model: nn.Module) -> Preprocessing:
-    """What `image_transform` does for a model, as values, with ImageNet's class names."""
-    config = _transform_config(model)
+def preprocessing(
+    model: nn.Module, input_size: tuple[int, int, int] | None = None
+) -> Preprocessing:
+    """What `image_transform` does for a model, as values, with ImageNet's class names; for images
+    of another size if one is given."""
+    config = _transform_config(model, input_size)
     subset = infer_imagenet_subset({"num_classes": getattr(model, "num_classes", 0)})
     labels = ImageNetInfo(subset).label_descriptions() if subset else ()
     names = Preprocessing.model_fields.keys() - {"labels"}

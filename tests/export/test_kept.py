@@ -1,0 +1,103 @@
+"""What an export must not lose or change: codes, types, sizes, modes; and what it refuses."""
+
+import copy
+import logging
+import os
+
+import pytest
+import torch
+from models import images, small_vit
+
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin.errors import ModelError, PTQ4ViTError
+from ptq4vit_plugin.exporting import exporter_of
+
+pytest.importorskip("openvino")
+pytest.importorskip("onnxruntime")
+SHORT = {"rounds": 1, "search_range": {"n": 10}}
+SUFFIX = {"integer": ".safetensors", "onnx": ".onnx", "openvino": ".xml"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_of_weights_with_a_zero_point_are_kept_or_refused(tmp_path, bits):
+    model = small_vit(1)
+    with torch.no_grad():  # nearly all below zero: codes reach far below those of so many bits
+        model.blocks[0].mlp.fc1.weight.clamp_(max=0.012)
+    weights = {"quantizer": "asymmetric", "bits": bits, "granularity": "tensor"}
+    overrides = {"blocks/0/mlp/fc1/linear/0": {"weights": weights}}
+    data = images(1)
+    quantized = ptq.quantize(
+        model, data, {"algorithm": "base_ptq", "scope_overrides": overrides, **SHORT}
+    )
+    path = tmp_path / "a.safetensors"
+    if bits == 8:
+        with pytest.raises(ModelError, match="fc1/linear/0: a weight needs one grid of signed"):
+            ptq.export(quantized, path, "integer", data)
+        assert not path.exists()
+    else:
+        assert ptq.export(quantized, path, "integer", data).sqnr_db > 60
+
+
+@pytest.mark.parametrize("format", SUFFIX)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_are_exported(tmp_path, format, dtype):
+    model, data = small_vit(1).to(dtype), [x.to(dtype) for x in images(1)]
+    quantized = ptq.quantize(model, data, {"algorithm": "ptq4vit_plus", **SHORT})
+    path = tmp_path / f"a{SUFFIX[format]}"
+    report = ptq.export(quantized, path, format, data)
+    assert report.sqnr_db > 20 and quantized.head.weight.dtype == dtype
+    runtime = exporter_of(path).read
+    if format != "integer":  # which needs the model's own code
+        assert runtime(path)(data[0].float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("format", SUFFIX)
+def test_the_files_own_image_size_is_the_one_it_was_compared_on(tmp_path, format, quantized):
+    model = copy.deepcopy(quantized("vit", 8))
+    size = tuple(images(1)[0].shape[1:])
+    model.patch_embed.img_size = None  # as in a model that does not say what it takes
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 224, 224)}
+    path = tmp_path / f"a{SUFFIX[format]}"
+    ptq.export(model, path, format, images(1))
+    assert exporter_of(path).preprocessing(path).input_size == size
+
+
+@pytest.mark.parametrize("format", SUFFIX)
+def test_the_callers_state_stays_as_it_is(tmp_path, format, quantized):
+    model = copy.deepcopy(quantized("vit", 8))
+    model.train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    log = logging.getLogger("openvino")
+    log.setLevel(logging.INFO)
+    report = ptq.export(model, tmp_path / f"a{SUFFIX[format]}", format, images(1), per_op=True)
+    assert [module.training for module in model.modules()] == modes
+    assert log.level == logging.INFO
+    mask = os.umask(0)
+    os.umask(mask)
+    for name in report.files:
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_differences_per_op_of_a_model_that_only_its_code_can_build(tmp_path):
+    data = images(1)
+    quantized = ptq.quantize(small_vit(1), data, {"algorithm": "ptq4vit_plus", **SHORT})
+    report = ptq.export(quantized, tmp_path / "a.safetensors", "integer", data, per_op=True)
+    assert "head/linear/0" in report.op_differences
+
+
+class Pair(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vit = small_vit(1)
+
+    def forward(self, x):
+        features = self.vit.forward_features(x)
+        return self.vit.forward_head(features), features
+
+
+@pytest.mark.parametrize("format", SUFFIX)
+def test_several_outputs_are_refused_by_name(tmp_path, format):
+    quantized = ptq.quantize(Pair().eval(), images(1), {"algorithm": "ptq4vit", **SHORT})
+    with pytest.raises(PTQ4ViTError, match="returns tuple; only models that return one tensor"):
+        ptq.export(quantized, tmp_path / f"a{SUFFIX[format]}", format, images(1))
