@@ -25,7 +25,7 @@ from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.algorithms.finished import remove
 from ptq4vit_plugin.config import Config, parse
 from ptq4vit_plugin.data import calibration_images, loader, open_dataset
-from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError, one_line
+from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError, nearest, one_line
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
 from ptq4vit_plugin.exporting import export as export_model
@@ -290,12 +290,12 @@ def export(
     """Write a saved model for a runtime; the comparison goes into ``results.json`` beside it."""
     checkpoint = artefacts.locate(checkpoint)
     model = checkpoints.load(checkpoint)
-    given = dict(sweeps.assignment(option) for option in options)
+    family = registry.load("exporters", format)
+    given = _options(format, registry.options("exporters", family), options)
     if config is None:
         config = _saved_config(checkpoint)
     images = None if config is None else calibration(config, model)
-    suffix = registry.load("exporters", format).suffix
-    path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}{suffix}")
+    path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}{family.suffix}")
     folder = path if path.is_dir() else path.parent
     results = folder / RESULTS
     known = _known(results)
@@ -312,6 +312,20 @@ def export(
     write_text(results, json_text({**known, "exports": exports}, indent=2))
     Console().print(export_table(report))
     print(f"written: {', '.join(str(folder / name) for name in report.files)}")
+
+
+def _options(format: str, known: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """What ``--set`` says, checked against the options that a format has."""
+    options = dict(sweeps.assignment(option) for option in given)
+    for key, value in options.items():
+        if key not in known:
+            allowed = ", ".join(known) or "none"
+            raise ConfigError(
+                f"--set {key}: not an option of '{format}'; allowed: {allowed}{nearest(key, known)}"
+            )
+        if isinstance(known[key], bool) and not isinstance(value, bool):
+            raise ConfigError(f"--set {key}: {value!r} is not allowed; allowed: true or false")
+    return options
 
 
 def _saved_config(checkpoint: Path) -> Config | None:

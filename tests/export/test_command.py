@@ -51,6 +51,10 @@ def test_export_writes_beside_the_checkpoint_and_into_results(checkpoint):
     [
         (["--format", "onxx"], "did you mean 'onnx'"),
         (["--set", "pack=1"], "packed"),
+        (["--set", "per_op=true"], "--set per_op: not an option of 'integer'; allowed: packed"),
+        (["--set", "packed=nein"], "--set packed: 'nein' is not allowed; allowed: true or false"),
+        (["--set", "packed=["], "--set packed=[: not valid YAML"),
+        (["--set", "packed"], "allowed: key=value"),
         (["--min-sqnr", "900"], "below min_sqnr 900 dB"),
         (["--output", "model.bin"], ".safetensors"),
     ],
