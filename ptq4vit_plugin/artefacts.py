@@ -70,12 +70,29 @@ def save(
     if path.suffix == ".safetensors":
         return checkpoints.save(model, path, recipe, extra)
     file = checkpoints.save(model, output_folder(path) / CHECKPOINT, recipe, extra)
+    write_card(model, path, recipe, extra, metrics)
+    return file
+
+
+def write_card(
+    model: nn.Module,
+    folder: Path,
+    recipe: Recipe | dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+    metrics: Metrics | None = None,
+) -> None:
+    """Write the model card of a folder that `save` has written; the arguments are `save`'s.
+
+    Raises
+    ------
+    PTQ4ViTError
+        The place cannot be written to.
+    """
     recipe = recipe_of(model) if recipe is None else Recipe.model_validate(recipe)
     pretrained = getattr(model, "pretrained_cfg", None) or {}
     text = card(recipe, record_of(model), (extra or {}).get("config"), metrics, pretrained)
-    with written_whole(path / CARD) as part:
+    with written_whole(folder / CARD) as part:
         part.write_text(text, encoding="utf-8")
-    return file
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:

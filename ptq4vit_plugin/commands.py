@@ -58,10 +58,11 @@ FINISHED = "finished-ops"  # folder
 
 @dataclass
 class Calibrated:
-    """A config's model before and after quantization, and how long that took."""
+    """A config's model before and after quantization, its evaluation images, and the time taken."""
 
     quantized: nn.Module
     reference: nn.Module
+    validation: Any
     seconds: float
 
 
@@ -91,7 +92,7 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
             metrics, results = measured(config, done, not silent)
         except PTQ4ViTError as error:
             raise type(error)(f"{error} (the quantized model is saved: {path})") from error
-        artefacts.save(done.quantized, folder, extra=extra, metrics=metrics)
+        artefacts.write_card(done.quantized, folder, extra=extra, metrics=metrics)
         results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
         write_run(folder, config, results)
         event("written", folder=str(folder), files=[path.name, artefacts.CARD, RESULTS, CONFIG])
@@ -135,7 +136,7 @@ def calibrate(config: Config, resume: Path | None = None) -> Calibrated | None:
         )
     if rank() != 0:
         return None
-    return Calibrated(quantized, model, time.perf_counter() - started)
+    return Calibrated(quantized, model, validation, time.perf_counter() - started)
 
 
 def measured(
@@ -143,8 +144,9 @@ def measured(
 ) -> tuple[Metrics | None, dict[str, Any]]:
     """What is worth writing down about a calibrated model; no metrics without evaluation images."""
     started, metrics = time.perf_counter(), None
-    if config.data.evaluation is not None:
-        metrics = evaluate_with(config, done.quantized, done.reference, progress)
+    if done.validation is not None:
+        precision = config.data.evaluation.precision
+        metrics = measure(done.quantized, done.validation, done.reference, progress, precision)
         event("evaluated", **metrics.model_dump(mode="json"))
     record = record_of(done.quantized)
     return metrics, {
@@ -262,8 +264,12 @@ def evaluate(checkpoint: Path, config: Config | None) -> None:
                 "data.evaluation: null says that there is nothing to evaluate on; "
                 "give --config with another"
             )
-        metrics = evaluate_with(
-            config, quantized, float_model(config), progress=rank() == 0, share=(rank(), ranks())
+        metrics = measure(
+            quantized,
+            evaluation(config, quantized, (rank(), ranks())),
+            float_model(config),
+            progress=rank() == 0,
+            precision=config.data.evaluation.precision,
         )
         if rank() == 0:
             Console().print(metrics_table(metrics))
@@ -407,18 +413,6 @@ def calibration(config: Config, model: nn.Module, samples: int | None = None) ->
         wanted.batch_size,
         skip_unreadable=wanted.skip_unreadable,
     )
-
-
-def evaluate_with(
-    config: Config,
-    model: nn.Module,
-    reference: nn.Module,
-    progress: bool,
-    share: tuple[int, int] = (0, 1),
-) -> Metrics:
-    """Measure a model on the evaluation images that a config names, or on one process's share."""
-    precision = config.data.evaluation.precision
-    return measure(model, evaluation(config, model, share), reference, progress, precision)
 
 
 def evaluation(config: Config, model: nn.Module, share: tuple[int, int] = (0, 1)) -> Any:

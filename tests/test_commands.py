@@ -193,7 +193,7 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path, run, monkeypatch):
     def fail(*_):
         raise DataError("image 7 is not finite")
 
-    monkeypatch.setattr(commands, "evaluate_with", fail)
+    monkeypatch.setattr(commands, "measure", fail)
     file = tmp_path / "moved" / "model.safetensors"
     result = run("quantize", config_file(tmp_path), "--output", file.parent)
     assert_refused(result, "image 7 is not finite", f"the quantized model is saved: {file}")
