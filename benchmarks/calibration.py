@@ -36,7 +36,8 @@ from torch import nn
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches, record
+from ptq4vit_plugin.integrations.nncf.batch import batches
+from ptq4vit_plugin.integrations.nncf.capture import record
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 from ptq4vit_plugin.record import record_of

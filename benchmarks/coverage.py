@@ -41,8 +41,8 @@ import ptq4vit_plugin
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import Batch
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.pipeline import plan
 

@@ -22,7 +22,8 @@ from ptq4vit_plugin.errors import (
 )
 from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.files import file_mode, unwritable
-from ptq4vit_plugin.integrations.nncf.capture import batches, frozen
+from ptq4vit_plugin.integrations.nncf.batch import batches
+from ptq4vit_plugin.integrations.nncf.passes import frozen
 from ptq4vit_plugin.integrations.timm.images import preprocessing
 from ptq4vit_plugin.verification import Artefact, op_differences
 

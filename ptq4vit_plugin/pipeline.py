@@ -19,15 +19,8 @@ from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.algorithms.settings import Accuracy, Override
 from ptq4vit_plugin.errors import ConfigError, DataError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import (
-    Batch,
-    batches,
-    example_of,
-    frozen,
-    outputs_of,
-    run,
-    taken_by_the_model,
-)
+from ptq4vit_plugin.integrations.nncf.batch import Batch, batches, example_of
+from ptq4vit_plugin.integrations.nncf.passes import frozen, outputs_of, run, taken_by_the_model
 from ptq4vit_plugin.integrations.nncf.prepare import bare, prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import Plan

@@ -13,7 +13,8 @@ from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import capture, hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches, example_of, record
+from ptq4vit_plugin.integrations.nncf.batch import batches, example_of
+from ptq4vit_plugin.integrations.nncf.capture import record
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 from ptq4vit_plugin.record import record_of

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ptq4vit_plugin
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import Batch
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.pipeline import plan
 from ptq4vit_plugin.record import record_of

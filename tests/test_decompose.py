@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.decompose import (
     added_product,
     attention,

@@ -11,7 +11,7 @@ from ptq4vit_plugin.algorithms.planning import make_plan
 from ptq4vit_plugin.algorithms.ptq4vit import PTQ4ViT
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.integrations.nncf.batch import batches
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 
 SWIN = {"patch_size": 2, "depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4)}

@@ -9,7 +9,7 @@ from ptq4vit_plugin.algorithms.scale_search import ScaleSearch
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import batches
+from ptq4vit_plugin.integrations.nncf.batch import batches
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.streams import Images, find_images, run_side_by_side
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention

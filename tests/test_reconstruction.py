@@ -25,8 +25,9 @@ from ptq4vit_plugin.algorithms.reconstruction.optimise import Group, learn, weig
 from ptq4vit_plugin.algorithms.reconstruction.variations import varied
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch import batches
 from ptq4vit_plugin.integrations.nncf.blocks import WHOLE, find_blocks, run_block, watch_block
-from ptq4vit_plugin.integrations.nncf.capture import batches, frozen
+from ptq4vit_plugin.integrations.nncf.passes import frozen
 from ptq4vit_plugin.quantizers.numerator import NumeratorQuantizer
 from ptq4vit_plugin.record import record_of
 

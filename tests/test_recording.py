@@ -14,8 +14,9 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.recording import recorded_in, replays, schedule
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch import batches
 from ptq4vit_plugin.integrations.nncf.blocks import Block, blocks_around, locate
-from ptq4vit_plugin.integrations.nncf.capture import batches, record
+from ptq4vit_plugin.integrations.nncf.capture import record
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.nncf.replay import replay, replayable_blocks

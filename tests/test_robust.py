@@ -12,7 +12,7 @@ from torch import nn
 import ptq4vit_plugin
 from ptq4vit_plugin.algorithms.gradient import output_loss
 from ptq4vit_plugin.errors import DataError, ModelError
-from ptq4vit_plugin.integrations.nncf.capture import Batch
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.pipeline import plan
 

@@ -11,7 +11,7 @@ from nncf.quantization.algorithms.algorithm import Algorithm
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from ptq4vit_plugin.errors import DataError
-from ptq4vit_plugin.integrations.nncf.capture import Batch, batches
+from ptq4vit_plugin.integrations.nncf.batch import Batch, batches
 
 
 class CalibratedAlgorithm(BaseModel, Algorithm):

@@ -21,12 +21,8 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.views import view_of
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import (
-    Batch,
-    example_of,
-    in_parts,
-    token_weights,
-)
+from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
+from ptq4vit_plugin.integrations.nncf.capture import in_parts, token_weights
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.streams import (
     Images,

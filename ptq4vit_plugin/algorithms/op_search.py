@@ -20,7 +20,9 @@ from ptq4vit_plugin.algorithms.views import GemmView, MatmulView, view_of
 from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations import distributed
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, frozen, run
+from ptq4vit_plugin.integrations.nncf.batch import Batch
+from ptq4vit_plugin.integrations.nncf.capture import Recorded
+from ptq4vit_plugin.integrations.nncf.passes import frozen, run
 from ptq4vit_plugin.plan import FoundOp, Op, Operand, Plan
 from ptq4vit_plugin.quantizers.base import OperandQuantizer, SearchRange
 from ptq4vit_plugin.record import OperandRecord, OpRecord

@@ -19,8 +19,9 @@ from ptq4vit_plugin.algorithms.reconstruction.variations import varied
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.device import device_of
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.blocks import WHOLE, Block, find_blocks, watch_block
-from ptq4vit_plugin.integrations.nncf.capture import Batch, frozen
+from ptq4vit_plugin.integrations.nncf.passes import frozen
 from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
 

@@ -11,8 +11,9 @@ from typing import TypeVar
 from torch import nn
 
 from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.blocks import Block
-from ptq4vit_plugin.integrations.nncf.capture import Batch, Recorded, record
+from ptq4vit_plugin.integrations.nncf.capture import Recorded, record
 from ptq4vit_plugin.integrations.nncf.replay import replay, watching_blocks
 from ptq4vit_plugin.plan import FoundOp
 

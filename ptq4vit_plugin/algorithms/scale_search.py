@@ -44,13 +44,9 @@ from ptq4vit_plugin.errors import ConfigError, ModelError
 from ptq4vit_plugin.integrations import distributed
 from ptq4vit_plugin.integrations.device import device_of, free_memory, peak_memory
 from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import (
-    Batch,
-    example_of,
-    in_parts,
-    recorded_bytes,
-)
+from ptq4vit_plugin.integrations.nncf.capture import in_parts, recorded_bytes
 from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import (
-    Batch,
+from ptq4vit_plugin.integrations.nncf.batch import Batch
+from ptq4vit_plugin.integrations.nncf.capture import with_gradient
+from ptq4vit_plugin.integrations.nncf.decompose import decomposing
+from ptq4vit_plugin.integrations.nncf.passes import (
     backward,
     frozen,
     outputs_of,
     run,
     taken_by_the_model,
-    with_gradient,
 )
-from ptq4vit_plugin.integrations.nncf.decompose import decomposing
 
 
 @dataclass(frozen=True)

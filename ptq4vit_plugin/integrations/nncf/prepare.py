@@ -7,12 +7,13 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from ptq4vit_plugin.errors import ModelError
-from ptq4vit_plugin.integrations.nncf.capture import Batch, run
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.decompose import (
     decompose,
     is_decomposed,
     needs_decomposing,
 )
+from ptq4vit_plugin.integrations.nncf.passes import run
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 
 

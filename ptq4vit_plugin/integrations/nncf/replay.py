@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.blocks import (
     Block,
     blocks_around,
@@ -24,14 +25,13 @@ from ptq4vit_plugin.integrations.nncf.blocks import (
     run_block,
 )
 from ptq4vit_plugin.integrations.nncf.capture import (
-    Batch,
     Copies,
     Recorded,
-    frozen,
     record,
     recording,
     with_gradient,
 )
+from ptq4vit_plugin.integrations.nncf.passes import frozen
 from ptq4vit_plugin.plan import FoundOp
 
 #: How far what is recorded of a block by itself may be from what is recorded in the model, relative

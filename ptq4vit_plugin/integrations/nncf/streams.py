@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
-from ptq4vit_plugin.integrations.nncf.capture import Batch, example_of, run
+from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
+from ptq4vit_plugin.integrations.nncf.passes import run
 from ptq4vit_plugin.plan import FoundOp
 
 
