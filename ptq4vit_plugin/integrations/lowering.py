@@ -75,7 +75,7 @@ def take_apart(model: nn.Module) -> tuple[nn.Module, list[QuantizedOp]]:
                 for hook in hooks.take(taken, operand.parameter, None):
                     parameter.copy_(hook(parameter))
                     last = hook
-                weights[operand.parameter] = branches_of(last)
+                weights[operand.parameter] = _branches(op.name, operand.port, last)
                 bits[operand.parameter] = operand.bits
     ops = []
     for op in record.plan.ops:
@@ -88,11 +88,18 @@ def take_apart(model: nn.Module) -> tuple[nn.Module, list[QuantizedOp]]:
                 *before, quantizer = hooks.take(taken, op.name, operand.port)
                 for hook in before:
                     hooks.insert(taken, op.name, operand.port, hook)
-                found.grids[operand.port] = branches_of(quantizer)
+                found.grids[operand.port] = _branches(op.name, operand.port, quantizer)
                 found.bits[operand.port] = operand.bits
         if found.grids:
             ops.append(found)
     return taken, ops
+
+
+def _branches(op: str, port: int, quantizer: nn.Module) -> list[Branch]:
+    try:
+        return branches_of(quantizer)
+    except ModelError as error:
+        raise ModelError(f"{op}, operand {port}: {error}") from None
 
 
 def check_rows(ops: Sequence[QuantizedOp]) -> None:

@@ -38,6 +38,13 @@ def test_codes_of_weights_with_a_zero_point_are_kept_or_refused(tmp_path, bits):
         assert ptq.export(quantized, path, "integer", data).sqnr_db > 60
 
 
+def test_weights_with_a_zero_point_per_channel_are_refused_by_name(tmp_path):
+    settings = {"algorithm": "base_ptq", "weights": {"quantizer": "asymmetric"}, **SHORT}
+    quantized = ptq.quantize(small_vit(1), images(1), settings)
+    with pytest.raises(ModelError, match="conv2d/0, operand 1: AsymmetricQuantizer has no integer"):
+        ptq.export(quantized, tmp_path / "a.safetensors", "integer", images(1))
+
+
 @pytest.mark.parametrize("format", SUFFIX)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_models_in_half_precision_are_exported(tmp_path, format, dtype):
