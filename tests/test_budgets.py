@@ -34,6 +34,36 @@ def test_bits_against_trying_everything(seed, average):
     assert total == pytest.approx(best)
 
 
+def exact_least(losses, costs, choices, average):
+    """The least total loss by dynamic programming over whole costs."""
+    room = int(average * sum(costs) + 1e-6)
+    least = np.full(room + 1, np.inf)
+    least[0] = 0
+    for op, cost in zip(losses, costs, strict=True):
+        after = np.full(room + 1, np.inf)
+        for loss, bits in zip(op, choices, strict=True):
+            used = cost * bits
+            if used <= room:
+                after[used:] = np.minimum(after[used:], least[: room + 1 - used] + loss)
+        least = after
+    return least.min()
+
+
+@pytest.mark.parametrize("choices", [(4, 6, 8), (2, 3, 4, 6, 8)])
+@pytest.mark.parametrize("spread", [2, 6])
+def test_bits_are_the_best_where_one_op_would_lose_far_more(choices, spread):
+    random = np.random.default_rng(spread)
+    for average in (4.5, 5.7, 7.3):
+        costs = random.integers(1, 41, 30)
+        sizes = 10.0 ** random.uniform(-spread, 0, 30)
+        losses = sizes[:, None] * 4.0 ** -(np.array(choices) - 2.0)
+        losses[0, 0] *= 1e4
+        chosen = choose_bits(losses, costs, choices, average)
+        assert np.dot(costs, chosen) <= average * costs.sum() + 1e-6
+        total = sum(losses[i, choices.index(bits)] for i, bits in enumerate(chosen))
+        assert total <= exact_least(losses, costs, choices, average) * (1 + 1e-6)
+
+
 def test_ops_without_cost_get_the_widest():
     assert choose_bits([[3, 2, 1], [3, 2, 1]], [10, 0], CHOICES, 4) == [4, 8]
 

@@ -427,6 +427,37 @@ def test_split_holds_out_every_fourth_image_across_batches():
     assert torch.cat([b.args[0] for b in check]).flatten().tolist() == [3, 7]
 
 
+def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch():
+    model, x = small_vit(1), torch.cat(images(4, 4))
+    one, *others = (
+        [watch_block(model, "blocks.0", part, Gradient(probes=2)) for part in split(data)]
+        for data in (batches(x.split(size)) for size in (16, 3, 8))
+    )
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a.importance, b.importance, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_learn_too(dtype):
+    model, data = small_vit(1).to(dtype), [x.to(dtype) for x in images(4, 4)]
+    start, result = ptq.quantize(model, data, SEARCH), ptq.quantize(model, data, [SEARCH, LEARN])
+    types = {name: p.dtype for name, p in start.state_dict().items()}
+    assert {name: p.dtype for name, p in result.state_dict().items()} == types
+    # In float32: what rounding activations to half precision adds is none of learning's.
+    reference, wide = small_vit(1), [x.float() for x in data]
+    before, after = (held_out_error(m.float(), reference, wide) for m in (start, result))
+    assert after < 0.8 * before
+
+
+def test_images_of_several_sizes_are_refused():
+    model = small_vit(1, dynamic_img_size=True)
+    data = [*images(1, 4), *images(1, 4, size=40)]
+    for algorithm in ("ptq4vit_plus", "ptq4vit_recon"):
+        with pytest.raises(DataError, match=r"\(3, 32, 32\), \(3, 40, 40\); .* take one size"):
+            ptq.quantize(model, data, SEARCH | {"algorithm": algorithm})
+
+
 def test_errors():
     model, data = small_vit(1), images(1, 4)
     with pytest.raises(ModelError, match="reconstruct: the model has no quantizers"):

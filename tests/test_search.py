@@ -21,6 +21,7 @@ from ptq4vit_plugin.algorithms.search.quadratic import Curvature, Sampled
 from ptq4vit_plugin.algorithms.search.rows import look
 from ptq4vit_plugin.quantizers.asymmetric import Asymmetric
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
+from ptq4vit_plugin.quantizers.numerator import Numerator
 from ptq4vit_plugin.quantizers.twin_gelu import TwinGELU
 from ptq4vit_plugin.quantizers.twin_softmax import TwinSoftmax
 from ptq4vit_plugin.quantizers.uniform import Uniform
@@ -1041,3 +1042,91 @@ def test_fast_with_other_metrics(kind, metric):
     assert fast.after <= best.after * 1.01
     # The least sample of an angle metric is all of so small a matmul: the search is exhaustive.
     assert fast.evaluations < best.evaluations or (kind == "matmul" and fast.after == best.after)
+
+
+def loss_in_float64(op, a, b, result):
+    """What the chosen scales lose, written out."""
+    made = (
+        a.fake_quantize(op.a, result.a_index).double()
+        @ b.fake_quantize(op.b, result.b_index).double()
+    )
+    return float(((made - op.a.double() @ op.b.double()).square() * op.fisher.double()).sum())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [800, 2500])
+def test_scales_that_many_candidates_share(rows, bits):
+    """With ratios that are powers of two, whole stretches of the table are one scale."""
+    g = torch.Generator().manual_seed(rows + bits)
+    x = torch.nn.functional.gelu(1.5 * normal(g, 1, 1, rows, 128))
+    x[0, 0, :3] *= 3
+    w = 0.05 * normal(g, 1, 1, 128, 32)
+    op = Gemm(x, w, None, normal(g, 1, 1, rows, 32).square())
+    found = {}
+    for strategy in ("exhaustive", "fast"):
+        a = TwinGELU(bits, TENSOR, SearchRange(), GELU_MINIMUM, "power_of_two")
+        b = Uniform(bits, Grouping((1, 1, 1, 32)), SearchRange())
+        a.observe(x)
+        b.observe(w)
+        result = search(op, a, b, strategy=strategy)
+        found[strategy] = loss_in_float64(op, a, b, result)
+        assert result.after == pytest.approx(found[strategy], rel=1e-4)
+        assert len(result.curves["a"]) == a.n
+    assert found["fast"] <= found["exhaustive"] * 1.001
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_a_choice_that_is_not_among_equals_is_compared_with_them(better):
+    op, a, b, _ = random_op("linear", 4, "tensor")
+    losses = Losses(problem.problem_of(op, {"a": a, "b": b}, "hessian", 1), lambda x: x)
+    loss = [float(losses.at(losses.problem, "a", torch.full((1, 1, 1, 1), i)).sum()) for i in SEVEN]
+    worst, best = (SEVEN[loss.index(f(loss))] for f in (max, min))
+    equal, other = (worst, best) if better else (best, worst)
+    a.table[equal + 1] = a.table[equal]  # two candidates of one scale
+    losses.choice["a"] = torch.full((1, 1, 1, 1), other)
+    which = torch.zeros(a.n, 1, 1, 1, 1, dtype=torch.bool)
+    which[equal : equal + 2] = True
+    losses._known.clear()
+    chosen = int(losses.best(losses.problem, "a", which))
+    assert chosen == (other if better else equal)
+    losses.choice["a"] = torch.full((1, 1, 1, 1), chosen)
+    assert losses.objective() == pytest.approx(min(loss), rel=1e-5)
+
+
+SEVEN = list(range(2, 23, 3))
+
+
+@pytest.mark.parametrize("chunk", [None, 300])
+@pytest.mark.parametrize("hardware", [False, True])
+@pytest.mark.parametrize("queries", [9, 14])
+def test_rows_with_scales_of_their_own_in_one_image(queries, hardware, chunk, monkeypatch):
+    monkeypatch.setattr(problem, "has_int8_dot", lambda device: hardware)
+    monkeypatch.setattr(elimination, "AHEAD", 0)  # samples decide
+    monkeypatch.setattr(problem, "MOST", 2.0)
+    if chunk:
+        monkeypatch.setattr(problem, "CHUNK", chunk)
+    g = torch.Generator().manual_seed(queries)
+    attention = (4 * normal(g, 1, 2, queries, 9)).softmax(-1)
+    op = Gemm(attention, normal(g, 1, 2, 9, 8), None, normal(g, 1, 2, queries, 8).square())
+    a, b = Numerator(4, Grouping((1, 2, 1, 1)), SPAN), Uniform(4, Grouping((1, 2, 1, 1)), SPAN)
+    a.observe(op.a)
+    b.observe(op.b)
+    found = {}
+    for strategy in ("exhaustive", "fast"):
+        result = search(op, a, b, order=("a", "b"), strategy=strategy)
+        found[strategy] = loss_in_float64(op, a, b, result)
+        assert result.after == pytest.approx(found[strategy], rel=1e-4)
+    assert found["fast"] <= found["exhaustive"] * 1.01
+    losses = Losses(problem.problem_of(op, {"a": a, "b": b}, "hessian", 1), lambda x: x)
+    made = a.fake_quantize(op.a, losses.chosen("a")).double()
+    wrong = (made @ op.b.double() - op.a.double() @ op.b.double()) * op.fisher.double()
+    slope = Expansion(losses.problem, losses.chosen("a"))._slope
+    assert torch.allclose(slope.double(), made.transpose(2, 3) @ wrong, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["linear_weighted_l2", "square_weighted_l2"])
+def test_a_product_that_is_all_zero_has_nothing_to_search(metric):
+    op, a, b, arguments = random_op("matmul", granularity="head")
+    op.b.zero_()
+    result = search(op, a, b, metric=metric, strategy="fast", **arguments)
+    assert result.before == result.after == 0

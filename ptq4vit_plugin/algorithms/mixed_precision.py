@@ -54,15 +54,20 @@ def choose_bits(
     share = np.asarray(costs, dtype=float) / max(float(np.sum(costs)), 1e-300)
     budget = (share[:, None] * np.asarray(choices)[None, :]).ravel()
     one_each = np.kron(np.eye(ops), np.ones((1, widths)))
+    # The solver stops within an absolute gap: losses are in units of the least that all ops can
+    # lose. No op can lose more than all do at one width; what would is no matter how much.
+    reached = int(np.argmax([c if c <= average_bits else 0 for c in choices]))
+    most = max(float(loss[:, reached].sum()), 1e-300)
+    unit = max(float(loss.min(1).sum()), 1e-9 * most)
     solution = milp(
-        loss.ravel() / max(loss.max(), 1e-300),
+        np.minimum(loss, 2 * most).ravel() / unit,
         integrality=np.ones(ops * widths),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(budget[None, :], -np.inf, average_bits + 1e-9),
         ],
-        options={"mip_rel_gap": 1e-6},
+        options={"mip_rel_gap": 0},
     )
     picked = solution.x.reshape(ops, widths).argmax(1)
     return [int(choices[i]) for i in picked]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.blocks import WHOLE, Block, find_blocks, watch_block
 from ptq4vit_plugin.integrations.nncf.passes import frozen
+from ptq4vit_plugin.integrations.nncf.streams import one_size
 from ptq4vit_plugin.reporting.events import event
 from ptq4vit_plugin.reporting.progress import progress
 
@@ -29,6 +32,8 @@ from ptq4vit_plugin.reporting.progress import progress
 HELD_OUT = 4
 #: By how many images, variations of the held-out ones among them, the whole model is judged.
 CHECKED = 64
+#: What is learned in float32 instead.
+HALF = (torch.float16, torch.bfloat16)
 
 
 def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -45,7 +50,9 @@ def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         held = torch.arange(images, images + len(batch)) % HELD_OUT == HELD_OUT - 1
         for part, wanted in zip(parts, (~held, held), strict=True):
             if wanted.any():
-                part.append(batch.of(wanted.nonzero()[:, 0]))
+                # Places in the part: what is drawn for an image does not depend on the batches.
+                some = batch.of(wanted.nonzero()[:, 0])
+                part.append(replace(some, first=sum(map(len, part))))
         images += len(batch)
     if images < HELD_OUT:
         raise DataError(
@@ -125,7 +132,20 @@ class Reconstruct(CalibratedAlgorithm, Learning):
     def reconstruct(
         self, module: nn.Module, teacher: nn.Module, fit: Sequence[Batch], check: Sequence[Batch]
     ) -> None:
-        """`apply` for a bare quantized module, its float model, and images by `split`."""
+        """`apply` for a bare quantized module, its float model, and images by `split`.
+
+        Raises
+        ------
+        DataError
+            The images are of several sizes.
+        """
+        one_size([*fit, *check])
+        with in_float32(module), in_float32(teacher):
+            self._reconstruct(module, teacher, _float32(fit), _float32(check))
+
+    def _reconstruct(
+        self, module: nn.Module, teacher: nn.Module, fit: Sequence[Batch], check: Sequence[Batch]
+    ) -> None:
         blocks = find_blocks(module, fit[0]) if self.iterations else []
         with progress("Reconstructing", len(blocks) + 1) as advance, frozen(module):
             for place, block in enumerate(blocks):
@@ -226,6 +246,34 @@ def _compared(teacher: nn.Module, images: Sequence[Tensor]) -> Comparison:
     """Batches of images as the whole model sees them: the same ones, quantized or not."""
     call = watch_block(teacher, WHOLE.name, [Batch((batch,), {}) for batch in images])
     return Comparison(call, call)
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Keep what a model has in half precision in float32: gradients and small steps need that."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.dtype in HALF]
+    types = [t.dtype for t in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in zip(tensors, types, strict=True):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _float32(data: Sequence[Batch]) -> list[Batch]:
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+    return [
+        replace(
+            batch,
+            args=tuple(map(wide, batch.args)),
+            kwargs={key: wide(value) for key, value in batch.kwargs.items()},
+        )
+        for batch in data
+    ]
 
 
 def without_quantizers(module: nn.Module) -> nn.Module:

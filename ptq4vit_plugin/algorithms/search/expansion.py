@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptq4vit_plugin.algorithms.search.gemm import product
 from ptq4vit_plugin.algorithms.search.objective import View
-from ptq4vit_plugin.algorithms.search.problem import Problem
+from ptq4vit_plugin.algorithms.search.problem import Problem, of_rows
 from ptq4vit_plugin.algorithms.search.quadratic import Quadratic
 
 
@@ -55,8 +55,12 @@ class Expansion:
             self._constant += error.square().sum(2, keepdim=True)
             if weight is not None:
                 error.mul_(weight)
-            part = [(codes[:, :, rows].transpose(2, 3), scale) for codes, scale in a]
-            self._slope += product(part, [(error, None)])
+            for codes, scale in a:
+                part, its = codes[:, :, rows].transpose(2, 3), error
+                if scale is not None and scale.shape[2] > 1:
+                    # A row's scale lies along the inner dimension here.
+                    its, scale = error * of_rows(scale, rows), None
+                self._slope += product([(part, scale)], [(its, None)])
 
     def losses(self, quadratic: Quadratic, candidates: Tensor) -> Tensor:
         """Estimated losses ``[n, 1, H, 1, O]`` of `candidates`, ``[n, *group shape]``, float64."""

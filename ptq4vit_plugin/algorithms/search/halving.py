@@ -115,7 +115,7 @@ class Halving:
         candidates = self._survivors(operand, schedule)
         if schedule == DESCENT_SCHEDULE and len(candidates) == 1:
             return self._descended(operand, candidates[0], turn)
-        if schedule == BATCHED_SCHEDULE and len(candidates) == len(losses.candidates(operand)):
+        if schedule == BATCHED_SCHEDULE and len(candidates) == losses.distinct(operand).sum():
             elimination = self._elimination
             if elimination is not None:
                 return elimination.best(operand, turn, again)
@@ -130,6 +130,7 @@ class Halving:
         """The candidate of one scale that loses less, on all rows, than those next to it."""
         losses, current = self.losses, self.losses.chosen(operand)
         candidates = losses.candidates(operand)
+        rungs = losses.distinct(operand).nonzero()[:, 0]  # equal scales are one step
 
         def loss(index: Tensor) -> float:
             return float(losses.at(self._finals, operand, index).sum())
@@ -137,21 +138,21 @@ class Halving:
         # The start scales are behind the last candidate and next to none.
         if turn > 0 and int(current) < len(candidates) and int((start - current).abs()) <= NEAR:
             start = current
-        best = int(start)
+        best = int((rungs <= start.item()).sum()) - 1
         while True:
             around = (best, best - 1, best + 1)
             least = min(
-                (i for i in around if 0 <= i < len(candidates)), key=lambda i: loss(candidates[i])
+                (i for i in around if 0 <= i < len(rungs)), key=lambda i: loss(candidates[rungs[i]])
             )
             if least == best:
                 break
             best = least
-        return min(([current] if turn > 0 else []) + [candidates[best]], key=loss)
+        return min(([current] if turn > 0 else []) + [candidates[rungs[best]]], key=loss)
 
     def _survivors(self, operand: str, schedule: tuple[Stage, ...]) -> Tensor:
         """The candidates ``[n, *group shape]`` that survive the stages of `schedule`."""
         losses, current = self.losses, self.losses.chosen(operand)
-        candidates = everything = losses.candidates(operand)
+        candidates = everything = losses.candidates(operand)[losses.distinct(operand)]
         expansion: Expansion | None = None
         for stage in schedule:
             if len(candidates) <= stage.keep:
@@ -174,7 +175,7 @@ class Halving:
                     break  # the next ones have more rows
                 found = losses.at_each(sample, operand, candidates)
             if candidates is everything:
-                losses.curves[operand] = found.flatten(1).sum(1).tolist()
+                losses.draw(operand, found)
             groups = losses.summed(operand, found)
             candidates = best_of(candidates, groups, stage.keep, far, current)
         if schedule == ROUGH_SCHEDULE:
@@ -256,7 +257,7 @@ class Halving:
 def best_of(candidates: Tensor, groups: Tensor, keep: int, far: float, current: Tensor) -> Tensor:
     """The best of every group, those that lose far more replaced by the very best.
 
-    A group without a gradient on the sample keeps its choice.
+    A group without a gradient on the sample, where nothing is lost, keeps its choice.
 
     Parameters
     ----------
@@ -271,5 +272,5 @@ def best_of(candidates: Tensor, groups: Tensor, keep: int, far: float, current: 
     best, least = candidates.gather(0, first), groups.gather(0, first)
     best = torch.where(least > far * least[0], best[0], best)
     # Candidates differ while their losses do not: nothing to choose by.
-    indifferent = (candidates != candidates[0]).any(0) & (groups.amax(0) <= groups.amin(0))
+    indifferent = (candidates != candidates[0]).any(0) & (groups.abs().amax(0) == 0)
     return torch.where(indifferent, current, best)

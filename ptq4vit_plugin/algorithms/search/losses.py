@@ -65,6 +65,19 @@ class Losses:
         rows = torch.arange(quantizer.n, device=current.device).view(-1, *[1] * current.dim())
         return rows.expand(-1, *current.shape)
 
+    def distinct(self, operand: str) -> Tensor:
+        """Which candidates have another value than the one before in some group, ``[n]``."""
+        quantizer = self.problem.quantizers[operand]
+        assert quantizer is not None
+        table = quantizer.table[: quantizer.n].flatten(1)
+        first = torch.ones(1, dtype=torch.bool, device=table.device)
+        return torch.cat([first, (table[1:] != table[:-1]).any(1)])
+
+    def draw(self, operand: str, losses: Tensor) -> None:
+        """Keep the losses of all distinct candidates, ``[n, ...]``, as the operand's curve."""
+        place = self.distinct(operand).cumsum(0) - 1
+        self.curves[operand] = losses.flatten(1).sum(1)[place].tolist()
+
     def summed(self, operand: str, losses: Tensor) -> Tensor:
         """Losses ``[n, 1, H, 1, 1 or O]`` per group, ``[n, *group shape]``."""
         quantizer = self.problem.quantizers[operand]
@@ -131,13 +144,14 @@ class Losses:
     def best(self, problem: Problem, operand: str, which: Tensor) -> Tensor:
         """The first best of candidates `which`, ``[n, *group shape]``, on the rows of `problem`.
 
-        Groups for which all are equal keep their choice.
+        Groups for which all are equal keep their choice, unless it is known to lose more.
         """
-        current = self.chosen(operand)
+        current, every = self.chosen(operand), len(self.candidates(operand))
+        if len(which) == every:  # the start scales, behind the candidates, may be the choice
+            which = torch.cat([which, torch.zeros_like(which[:1])])
         known = self._known.get(self.key(operand, current, problem))
-        its = (
-            torch.arange(len(which), device=which.device).view(-1, *[1] * current.dim()) == current
-        )
+        rows = torch.arange(every + 1, device=which.device)
+        its = rows.view(-1, *[1] * current.dim()) == current
         if known is None:
             losses = self.of(problem, operand, which)
         elif (which & ~its).any():
@@ -146,13 +160,20 @@ class Losses:
         else:
             return current
         totals = self.summed(operand, losses).masked_fill(~which, torch.inf)
-        every = len(self.candidates(operand))
-        if which[:every].all():
-            self.curves[operand] = totals[:every].flatten(1).sum(1).tolist()
+        distinct = self.distinct(operand)
+        if which[:every][distinct].all():
+            self.draw(operand, totals[:every][distinct])
         equal = totals.masked_fill(~which, -torch.inf).amax(0) <= totals.amin(0)
-        choice = torch.where(equal & (which.sum(0) > 1), current, totals.argmin(0))
+        equal &= which.sum(0) > 1
+        # They may all be better, or worse, than a choice that is not among them.
+        own = its & equal & ~which
+        if own.any():
+            losses = torch.where(own.expand_as(losses), self.of(problem, operand, own), losses)
+            totals = torch.where(own, self.summed(operand, losses), totals)
+        stays = equal & (totals.gather(0, current[None])[0] <= totals.amin(0))
+        choice = torch.where(stays, current, totals.argmin(0))
         # Groups do not interact: the loss of the mixed choice is known without evaluating it.
-        at = choice.clamp_max(len(which) - 1).expand(losses.shape[1:])[None]
+        at = choice.expand(losses.shape[1:])[None]
         self._known[self.key(operand, choice, problem)] = losses.gather(0, at)[0]
         return choice
 

@@ -41,6 +41,9 @@ class Quantizer(Protocol):
     n: int
     grouping: Grouping
 
+    @property
+    def table(self) -> Tensor: ...
+
     def fake_quantize(self, x: Tensor, index: Tensor | int) -> Tensor: ...
 
     def terms(self, x: Tensor, index: Tensor | int) -> list[tuple[Tensor, Tensor]]: ...
@@ -183,7 +186,7 @@ class Problem:
             if a_whole is None:
                 a = self._quantize("a", self.a[images, :, rows], a_index)
             else:
-                a = [(codes[images, :, rows], scale) for codes, scale in a_whole]
+                a = [(codes[images, :, rows], of_rows(scale, rows)) for codes, scale in a_whole]
             if b_whole is None:
                 b = self._quantize("b", self.b[images], b_index)
             else:
@@ -288,7 +291,7 @@ class Problem:
         parts = [x.permute(1, 3, 0, 2) for x in rows_loss]  # [H,G,B,N]
         size = shares([x.flatten(2).flatten(0, 1) for x in parts]).view_as(parts[0])
         certain, more = enough(size, error)
-        more = max(more, least - certain)
+        more = max(more, least - certain, 1 - certain)
         if certain + more > MOST * size.shape[3]:
             return None
         drawn = size.mean(1)
@@ -447,6 +450,11 @@ def _without_dead_rows(gemm: Gemm) -> Gemm:
         a, fisher = a[images], fisher[images]
         b = b if b.shape[0] == 1 else b[images]
     return Gemm(a, b, bias, fisher)
+
+
+def of_rows(scale: Tensor | None, rows: slice) -> Tensor | None:
+    """The scales of some rows, where rows have scales of their own."""
+    return scale if scale is None or scale.shape[2] == 1 else scale[:, :, rows]
 
 
 def picked(x: Tensor, index: Tensor) -> Tensor:

@@ -205,11 +205,11 @@ def watch_block(
         outputs.append(output.detach().clone() if isinstance(output, Tensor) else None)
         if gradient is None or outputs[-1] is None:
             return None
-        total = torch.zeros_like(outputs[-1])
+        total = torch.zeros_like(outputs[-1], dtype=torch.float32)
         squares.append(total)
 
         def add(grad: Tensor) -> None:
-            total.add_(grad.square() / gradient.probes)
+            total.add_(grad.float().square() / gradient.probes)
 
         return with_gradient(output, add)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
 from ptq4vit_plugin.integrations.nncf.passes import run
@@ -76,6 +76,23 @@ class Images:
 
 
 @torch.no_grad()
+def one_size(data: Sequence[Batch]) -> None:
+    """Refuse images of several sizes where all of them go through the model together.
+
+    Raises
+    ------
+    DataError
+        So it is.
+    """
+    first = [next(v for v in (*b.args, *b.kwargs.values()) if isinstance(v, Tensor)) for b in data]
+    sizes = sorted({tuple(images.shape[1:]) for images in first})
+    if len(sizes) > 1:
+        raise DataError(
+            f"calibration images of the sizes {', '.join(map(str, sizes))}; compensation and "
+            "reconstruction take one size: give images of one, or use 'ptq4vit'"
+        )
+
+
 def find_images(
     model: nn.Module, data: Sequence[Batch], ops: Sequence[FoundOp]
 ) -> dict[str, Images | None]:
@@ -94,9 +111,12 @@ def find_images(
 
     Raises
     ------
+    DataError
+        The images are of several sizes.
     ModelError
         An op computes with several images together.
     """
+    one_size(data)
     before, after = _two_images(data)
     ports = [(op.name, port) for op in ops for port in _ports(op)]
     kept: dict[tuple[str, int], Tensor] = {}
