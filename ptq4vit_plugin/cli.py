@@ -3,6 +3,7 @@
 Everything heavy (torch, NNCF, timm) is imported inside the commands, so that `--help` is instant.
 """
 
+import errno
 import json
 import logging
 import signal
@@ -32,6 +33,11 @@ class _Group(typer.core.TyperGroup):
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            typer.echo(f"error: standard output: {error.strerror}", err=True)
+            raise typer.Exit(2) from error
 
 
 app = typer.Typer(

@@ -30,7 +30,7 @@ from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
 from ptq4vit_plugin.exporting import export as export_model
 from ptq4vit_plugin.exporting import exporter_of
-from ptq4vit_plugin.files import json_text, output_folder, written_whole
+from ptq4vit_plugin.files import json_text, no_other_run, output_folder, written_whole
 from ptq4vit_plugin.integrations.device import local_device
 from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks, wait_for_all
 from ptq4vit_plugin.integrations.nncf.kernels import compiled_meanwhile
@@ -73,13 +73,20 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
     that was killed. Under torchrun all processes calibrate, and the first does the rest.
     """
     if output is not None:
-        config = config.model_copy(update={"output": output})
+        config = config.model_copy(update={"output": output.expanduser()})
+    if config.output.suffix == ".safetensors":
+        raise ConfigError(
+            f"output: '{config.output}' is the name of a file; allowed: a folder, in which the "
+            "checkpoint will be model.safetensors"
+        )
     with ExitStack() as stack:
         stack.enter_context(nncf_messages(quiet))
         stack.enter_context(process_group())
         if log_json and rank() == 0:
             stack.enter_context(json_lines(sys.stdout))
         folder = output_folder(config.output)
+        if rank() == 0:
+            stack.enter_context(no_other_run(folder))
         silent = quiet or log_json
         done = calibrate(config, resume=folder / FINISHED)
         if done is None:
@@ -87,22 +94,23 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
         # Saved first: nothing that evaluation meets can lose what calibration found.
         extra = {"config": config.dump()}
         path = artefacts.save(done.quantized, folder, extra=extra)
-        remove(folder / FINISHED)
+        for name in (RESULTS, CONFIG, reports.REPORT):  # of another run, whose checkpoint is gone
+            (folder / name).unlink(missing_ok=True)
         try:
             metrics, results = measured(config, done, not silent)
+            if not silent and metrics is not None:
+                Console().print(metrics_table(metrics))
+            artefacts.write_card(done.quantized, folder, extra=extra, metrics=metrics)
+            results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
+            write_run(folder, config, results)
         except PTQ4ViTError as error:
             raise type(error)(f"{error} (the quantized model is saved: {path})") from error
-        artefacts.write_card(done.quantized, folder, extra=extra, metrics=metrics)
-        results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
-        write_run(folder, config, results)
+        remove(folder / FINISHED)
         event("written", folder=str(folder), files=[path.name, artefacts.CARD, RESULTS, CONFIG])
         if not silent:
-            console = Console()
-            if metrics is not None:
-                console.print(metrics_table(metrics))
             record = record_of(done.quantized)
             if record is not None:
-                console.print(cost_line(record))
+                Console().print(cost_line(record))
             print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
             if absent := reports.missing():
                 print(f"no report: it needs {' and '.join(absent)} (ptq4vit-plugin[report])")
@@ -193,7 +201,7 @@ def sweep(
     """
     described = sweeps.read(file)
     if output is not None:
-        described = described.model_copy(update={"output": output})
+        described = described.model_copy(update={"output": output.expanduser()})
     cells = sweeps.cells(described, only, overrides, str(file))
     for cell in cells:
         if cell.config.data.evaluation is None:
@@ -209,13 +217,14 @@ def sweep(
     who = f"rank {number}: " if processes > 1 else ""
     console.print(f"{who}{len(mine)} cells, {len(mine) - len(todo)} of them done before")
     failed = []
-    for place, cell in enumerate(todo, start=1):
-        console.print(f"{who}{place}/{len(todo)} {cell.title}")
+    for count, cell in enumerate(todo, start=1):
+        console.print(f"{who}{count}/{len(todo)} {cell.title}", markup=False)
         try:
             with nncf_messages(quiet):
+                place = output_folder(cell.config.output)
                 done = calibrate(cell.config)
                 _, found = measured(cell.config, done, progress=not quiet)
-            write_run(output_folder(cell.config.output), cell.config, found)
+            write_run(place, cell.config, found)
         except Exception as error:  # whatever it is, the other cells are worth having
             failed.append(cell)
             reason = one_line(error)

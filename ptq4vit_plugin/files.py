@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ptq4vit_plugin.errors import PTQ4ViTError, one_line
+
+#: Name of the file in a run folder that is locked while a run writes to it.
+LOCK = ".lock"
 
 
 def output_folder(folder: Path) -> Path:
@@ -31,6 +35,31 @@ def output_folder(folder: Path) -> Path:
     except OSError as error:
         raise unwritable(folder, error) from error
     return folder
+
+
+@contextmanager
+def no_other_run(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder for as long as the context, or the process, lasts.
+
+    Raises
+    ------
+    PTQ4ViTError
+        Another run is at work in the folder.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise PTQ4ViTError(
+            f"output: another run is writing to '{folder}'; wait for it, or take another folder "
+            "with --output"
+        ) from error
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

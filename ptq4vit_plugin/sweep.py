@@ -43,6 +43,8 @@ from .evaluation import Metrics
 from .files import json_text, unwritable
 
 RESULTS = "results.jsonl"
+#: Bytes of a cell's folder name that its labels may take.
+LONGEST = 200
 
 Values = list[Any] | dict[str, dict[str, Any]]
 
@@ -296,6 +298,7 @@ def _cell(labels: dict[str, str], data: dict[str, Any], output: Path, origin: st
     del content["output"]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.+-]+", "-", "_".join(labels.values()))
+    name = name.encode()[:LONGEST].decode(errors="ignore")
     return Cell(labels, config.model_copy(update={"output": output / f"{name}_{key[:6]}"}), key)
 
 

@@ -13,6 +13,7 @@ import ptq4vit_plugin as ptq
 from ptq4vit_plugin import commands
 from ptq4vit_plugin.cli import app
 from ptq4vit_plugin.errors import DataError
+from ptq4vit_plugin.files import no_other_run, output_folder
 
 ROOT = Path(__file__).parents[1]
 CONFIG = yaml.safe_load((ROOT / "examples" / "digits" / "ptq4vit.yaml").read_text())
@@ -200,6 +201,43 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path, run, monkeypatch):
     assert ptq.describe(ptq.load(file))
     saved = ptq.checkpoint.read_metadata(file).extra["config"]
     assert saved["output"] == str(file.parent)  # where it is, and not where the file said
+
+
+def test_a_run_that_fails_in_evaluation_goes_on_and_leaves_no_older_results(
+    tmp_path, run, monkeypatch
+):
+    def fail(*_):
+        raise DataError("image 7 is not finite")
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("results.json", "config.yaml", "report.html"):
+        (folder / name).write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "measure", fail)
+        assert run("quantize", config_file(tmp_path)).exit_code == 2
+    assert not any((folder / name).exists() for name in ("results.json", "config.yaml"))
+    result = run("quantize", config_file(tmp_path), "--log-json")
+    assert result.exit_code == 0
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert events[0]["finished"] == events[0]["ops"] > 0
+    assert json.loads((folder / "results.json").read_text())["metrics"]
+    assert not (folder / "finished-ops").exists()
+
+
+def test_two_runs_in_one_folder(tmp_path, run):
+    with no_other_run(output_folder(tmp_path / "run")):
+        assert_refused(run("quantize", config_file(tmp_path)), "another run", "--output")
+    with no_other_run(tmp_path / "run"):
+        pass  # free again
+
+
+def test_output_that_names_a_file(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(commands, "calibrate", never)
+    path = tmp_path / "vit.safetensors"
+    result = run("quantize", config_file(tmp_path), "--output", path)
+    assert_refused(result, "vit.safetensors", "allowed: a folder")
+    assert not path.exists()
 
 
 def test_unreadable_image_in_a_folder(tmp_path, run):

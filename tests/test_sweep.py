@@ -284,6 +284,19 @@ def test_a_cell_that_fails_is_told_and_tried_again(tmp_path):
         assert len(rows(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("label", ["x" * 150 + "é" * 150, "{re}mlp[/]fc1"])
+def test_labels_of_any_kind(tmp_path, label):
+    content = tiny(tmp_path)
+    content["grid"] = {
+        "model.name": ["vit_tiny_patch16_224"],
+        "compression.algorithm": ["base_ptq"],
+        "what": {label: {"compression.rounds": 1}},
+    }
+    done = call("sweep", write(tmp_path, content))
+    assert done.exit_code == 0, done.output
+    assert [row["cell"]["what"] for row in rows(tmp_path)] == [label]
+
+
 def test_a_bug_in_one_cell_leaves_the_others(tmp_path, monkeypatch):
     original = commands.float_model
 
