@@ -96,7 +96,7 @@ def numerator(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def written(*branches: Branch) -> Callable[[Tensor], list[Tensor]]:
     """The form that the exporters write for a twin's two grids."""
-    grids = [QDQGrid(branch, False, False, False, False) for branch in branches]
+    grids = [QDQGrid(branch, False, False, False, False, False) for branch in branches]
     return lambda x: [grid(x)[0] for grid in grids]
 
 

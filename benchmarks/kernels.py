@@ -8,8 +8,8 @@ its optimized one. ``ptq4vit_plugin/algorithms/target.py`` follows this table.
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -124,13 +124,17 @@ def in_onnx_runtime(model: nn.Module, example: tuple[Tensor, Tensor]) -> str:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
+    kinds = parser.parse_args().kinds or list(SHAPES)
+    if strange := [kind for kind in kinds if kind not in SHAPES]:
+        parser.error(f"{strange[0]!r} is no product; allowed: {', '.join(SHAPES)}")
     warnings.simplefilter("ignore")
     print(f"OpenVINO {openvino.__version__}, ONNX Runtime {onnxruntime.__version__}, ", end="")
     print(torch.backends.cpu.get_cpu_capability())
     print("\n| product | left | right | OpenVINO | ONNX Runtime |\n|---|---|---|---|---|")
-    for kind, (left_shape, right_shape) in SHAPES.items():
-        if sys.argv[1:] and kind not in sys.argv[1:]:
-            continue
+    for kind in kinds:
+        left_shape, right_shape = SHAPES[kind]
         rights = RIGHT if kind == "matmul" else WEIGHT
         lefts = {n: how for n, how in LEFT.items() if kind == "matmul" or not how[2]}
         example = torch.randn(left_shape), torch.randn(right_shape)

@@ -338,6 +338,10 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> 
     return _one_problem(root, prefix, path, node, problem) + more
 
 
+#: How pydantic calls a key that is none: of a model, and of a dataclass.
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
 def _cause(problem: Any) -> PTQ4ViTError | None:
     """Return the error of ours that a validator raised, if that is the problem."""
     error = problem.get("ctx", {}).get("error")
@@ -354,8 +358,8 @@ def _one_problem(
     kind, value = problem["type"], problem["input"]
     key = (prefix + _dotted(path)).removesuffix(".")  # the path of a whole model is empty
     cause = _cause(problem)
-    if kind == "extra_forbidden":
-        return _unknown_key(key.removesuffix(str(path[-1])), path[-1], node.get("properties", {}))
+    if kind in UNKNOWN:
+        return _unknown_key(key.removesuffix(str(path[-1])), path[-1], _keys(root, node))
     if kind == "missing":
         return f"{key}: missing; allowed: {_allowed(root, node)}"
     if cause and path == ("compression",):
@@ -380,7 +384,7 @@ def _locate(root: dict[str, Any], problem: Any) -> tuple[tuple[str | int, ...], 
     for depth, item in enumerate(problem["loc"]):
         step = _child(root, node, item)
         if step is None:
-            unknown = problem["type"] == "extra_forbidden"
+            unknown = problem["type"] in UNKNOWN
             return problem["loc"][: depth + unknown], node
         node = step
     return problem["loc"], node
@@ -405,6 +409,12 @@ def _resolve(root: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     while "$ref" in node:
         node = root["$defs"][node["$ref"].removeprefix("#/$defs/")]
     return node
+
+
+def _keys(root: dict[str, Any], node: dict[str, Any]) -> list[str]:
+    node = _resolve(root, node)
+    inner = [key for option in node.get("anyOf", []) for key in _keys(root, option)]
+    return inner + list(node.get("properties", {}))
 
 
 def _names(root: dict[str, Any], node: dict[str, Any]) -> list[str]:

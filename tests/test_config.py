@@ -215,6 +215,20 @@ def test_options_of_a_data_source_are_its_arguments(tiny, distribution, write):
             "data.evaluation.samples: 'all' is not allowed; allowed: an integer above 0 or null",
         ),
         ({"output": 3}, "output: 3 is not allowed; allowed: a path"),
+        (
+            {"data": {"source": "digits", "evaluation": {"batchsize": 3}}},
+            "data.evaluation.batchsize: unknown key; allowed: split, samples, batch_size, "
+            "skip_unreadable, workers, precision; did you mean 'batch_size'?",
+        ),
+        (
+            {"compression": {"algorithm": "ptq4vit", "search_range": {"N": 10}}},
+            "compression.search_range.N: unknown key; allowed: alpha, beta, n; did you mean 'n'?",
+        ),
+        (
+            {"compression": {"algorithm": "ptq4vit", "accuracy": {"metrik": "top1"}}},
+            "compression.accuracy.metrik: unknown key; allowed: max_drop, metric; "
+            "did you mean 'metric'?",
+        ),
     ],
 )
 def test_wrong_sections(tiny, write, sections, message):

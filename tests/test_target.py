@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import images, small_vit
+from models import images, small_vit, sqnr
 
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.algorithms.target import fitted
@@ -80,3 +80,21 @@ def test_a_quantized_model_has_the_scales_that_the_target_takes():
 def test_an_unknown_target_is_named():
     with pytest.raises(ConfigError, match="target: 'openvin' is .*'any', 'openvino', 'onnx'"):
         plan_of(small_vit(1), images(1)[0], {"algorithm": "ptq4vit", "target": "openvin"})
+
+
+def test_settings_are_those_that_were_given():
+    model = ptq.quantize(small_vit(1), images(1), {"algorithm": "ptq4vit", "rounds": 1})
+    assert record_of(model).settings == {"rounds": 1}
+
+
+@pytest.mark.parametrize("algorithm", ["ptq4vit", "ptq4vit_plus"])
+def test_openvino_converts_a_model_with_gradients_switched_on(algorithm):
+    openvino = pytest.importorskip("openvino")
+    config = {"algorithm": algorithm, "target": "openvino", "rounds": 1, "search_range": {"n": 10}}
+    (x,) = images(1)
+    model = ptq.quantize(small_vit(1), x, config)
+    compiled = openvino.compile_model(
+        openvino.convert_model(model, example_input=x), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    output = torch.from_numpy(next(iter(compiled(x.numpy()).values())))
+    assert sqnr(model(x), output) > 30

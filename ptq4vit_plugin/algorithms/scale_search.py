@@ -231,7 +231,12 @@ class ScaleSearch(CalibratedAlgorithm):
             module,
             QuantizationRecord(
                 algorithm=type(self).__name__,
-                settings=self.model_dump(mode="json", exclude_defaults=True),
+                settings=self.model_dump(
+                    mode="json",
+                    exclude_defaults=True,
+                    # Its serializer makes pydantic take it for another value than the default.
+                    exclude=None if self.scope_overrides else {"scope_overrides"},
+                ),
                 plan=settled(plan, records),
                 ops=tuple(records),
                 images=sum(map(len, data)),

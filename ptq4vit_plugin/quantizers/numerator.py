@@ -59,7 +59,7 @@ class NumeratorQuantizer(nn.Module, StatefulModuleInterface):
         peak, step = row_peak(values.detach()), self.step.float()
         codes = (values.detach() / peak / step).round().clamp(0, 2**self.bits - 1)
         quantized = codes * step * peak
-        if torch.is_grad_enabled() and values.requires_grad:
+        if torch.is_grad_enabled() and values.requires_grad and not torch.jit.is_tracing():
             quantized = quantized + (values - values.detach())
         return quantized.to(x.dtype)
 

@@ -131,7 +131,7 @@ class TwinQuantizer(nn.Module, StatefulModuleInterface):
         with torch.no_grad():
             codes, _, step = grid.codes(values)
             quantized = codes.mul_(step)
-        if torch.is_grad_enabled() and values.requires_grad:
+        if torch.is_grad_enabled() and values.requires_grad and not torch.jit.is_tracing():
             # Not clamp(): at a limit, such as the many zeros of a softmax, it gives half a
             # gradient.
             low, high = grid.lowest * grid.step1, grid.highest * grid.step2
