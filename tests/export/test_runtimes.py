@@ -50,19 +50,23 @@ def test_plain_fake_quantize_is_the_simulation(
         assert torch.equal(selected(x), lowered(x))
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("per_tensor", "unsigned"), [(False, False), (True, False), (True, True)])
-def test_weights_that_are_computed_keep_a_scale_per_output_channel(per_tensor, unsigned):
+def test_weights_that_are_computed_keep_a_scale_per_output_channel(per_tensor, unsigned, biased):
     class Computed(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.register_buffer("basis", torch.randn(9, 8) * torch.logspace(-2, 2, 9)[:, None])
             self.conv = torch.nn.Conv2d(3, 8, 1)
             self.head = torch.nn.Linear(9, 5)
+            # As large as the products, whose scales must not be multiplied by them.
+            self.inner = torch.randn(8) * torch.logspace(-2, 2, 8) if biased else None
+            self.outer = torch.randn(9) * torch.logspace(0, 4, 9) if biased else None
 
         def forward(self, x):
             kernel = self.conv.weight * torch.logspace(-2, 2, 8)[:, None, None, None]
-            x = torch.nn.functional.conv2d(x, kernel).mean(3).transpose(1, 2)
-            return self.head(torch.nn.functional.linear(x, self.basis)).mean(1)
+            x = torch.nn.functional.conv2d(x, kernel, self.inner).mean(3).transpose(1, 2)
+            return self.head(torch.nn.functional.linear(x, self.basis, bias=self.outer)).mean(1)
 
     torch.manual_seed(0)
     x = torch.randn(8, 3, 6, 6)
