@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from models import images, small_vit
+from models import images, small_vit, sqnr
 
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.errors import ModelError, PTQ4ViTError
@@ -14,6 +14,9 @@ from ptq4vit_plugin.exporting import exporter_of
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
+
+from ptq4vit_plugin.integrations.openvino.ir import ONE_BY_ONE  # noqa: E402
+
 SHORT = {"rounds": 1, "search_range": {"n": 10}}
 SUFFIX = {"integer": ".safetensors", "onnx": ".onnx", "openvino": ".xml"}
 
@@ -48,14 +51,21 @@ def test_weights_with_a_zero_point_per_channel_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("format", SUFFIX)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_models_in_half_precision_are_exported(tmp_path, format, dtype):
-    model, data = small_vit(1).to(dtype), [x.to(dtype) for x in images(1)]
-    quantized = ptq.quantize(model, data, {"algorithm": "ptq4vit_plus", **SHORT})
+    model, data = small_vit(1, dynamic_img_size=True), images(1)
+    quantized = ptq.quantize(
+        model.to(dtype), [x.to(dtype) for x in data], {"algorithm": "ptq4vit_plus", **SHORT}
+    )
     path = tmp_path / f"a{SUFFIX[format]}"
     report = ptq.export(quantized, path, format, data)
     assert report.sqnr_db > 20 and quantized.head.weight.dtype == dtype
-    runtime = exporter_of(path).read
+    assert report.image_size == "free" and ONE_BY_ONE not in report.facts.get("note", "")
     if format != "integer":  # which needs the model's own code
-        assert runtime(path)(data[0].float()).dtype == torch.float32
+        run = exporter_of(path).read(path)
+        for some in (data[0][:3], images(1, 3, size=48)[0]):
+            logits = run(some)
+            assert logits.dtype == torch.float32
+            with torch.no_grad():
+                assert sqnr(quantized(some.to(dtype)).float(), logits) > 20
 
 
 @pytest.mark.parametrize("format", SUFFIX)

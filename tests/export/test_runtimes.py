@@ -392,4 +392,4 @@ def test_what_counts_as_wrong_for_a_batch_of_any_size(
     monkeypatch.setattr(exporter, "_runner", runner)
     images = openvino.opset13.parameter([-1, 3, 32, 32], np.float32)
     made = openvino.Model([openvino.opset13.result(images)], [images])
-    assert exporter._right_for_any_size(made, model, x) == right
+    assert exporter._right_for_any_size(made, x, logits) == right

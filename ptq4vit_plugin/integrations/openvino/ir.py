@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ptq4vit_plugin.errors import CheckpointError, ExportError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.exporter import Exporter
-from ptq4vit_plugin.integrations.device import adds_int8_pairs, device_of
+from ptq4vit_plugin.integrations.device import adds_int8_pairs, device_of, dtype_of
 from ptq4vit_plugin.integrations.lowering import QuantizedOp
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.openvino.convolutions import (
@@ -80,9 +80,12 @@ class OpenVINOExporter(Exporter):
             integers computes something else.
         """
         example = example.cpu()
+        with torch.inference_mode():
+            few = example[:8]
+            reference = model(few.to(device_of(model), dtype_of(model))).float().cpu()
         try:
             made, facts = self._any_granularity(model, example, dynamic)
-            if not _right_for_any_size(made, model, example):
+            if not _right_for_any_size(made, few, reference):
                 raise RuntimeError("OpenVINO computes something else for images of any size")
         except RuntimeError:
             if tuple(dynamic) != BATCH:
@@ -284,16 +287,16 @@ def _op_of(node: str) -> str:
     return head.removeprefix("__module.ops.").replace(":", "/") if ":" in head else node
 
 
-@torch.inference_mode()
-def _right_for_any_size(made: openvino.Model, model: nn.Module, images: Tensor) -> bool:
+def _right_for_any_size(made: openvino.Model, images: Tensor, reference: Tensor) -> bool:
     """Whether OpenVINO computes a model with dynamic dimensions as closely as with the images' own.
+
+    The reference are the logits that the simulated model gives for the images.
 
     OpenVINO has other kernels for shapes that it knows, and some sums with convolutions come out
     right only there.
     """
-    images, fixed = images[:8], made.clone()
+    fixed = made.clone()
     fixed.reshape(list(images.shape))
-    reference = model(images.to(device_of(model))).float().cpu()
     free, own = (logit_sqnr(reference, _runner(m, EXACT)(images)) for m in (made, fixed))
     return free > CLOSE or free > own - LESS
 
