@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,8 @@ def export(
         What `quantize` or `load` returned.
     path
         File to write; a suffix is added when there is none. In a folder that exists, the file is
-        called ``model-<format>``. What is there is replaced, unless it is a checkpoint.
+        called ``model-<format>``. What is there is replaced, unless it is a checkpoint, other
+        tensors in a ``.safetensors`` file, or a ``.bin`` file that belongs to no export.
     format
         A registered exporter: ``integer``, ``openvino`` or ``onnx``.
     example_input
@@ -109,7 +109,7 @@ def export(
     Raises
     ------
     ConfigError
-        Unknown options, a wrong suffix, or a checkpoint in the file's place.
+        Unknown options, a wrong suffix, or something in the file's place that is not replaced.
     ModelError
         The model is not quantized by this plugin.
     ExportError
@@ -121,7 +121,7 @@ def export(
     except TypeError as error:
         allowed = ", ".join(registry.options("exporters", family)) or "none"
         raise ConfigError(f"export: {error}; options of '{format}': {allowed}") from error
-    path = _target(Path(path), format, exporter.suffix)
+    path = _target(Path(path), format, exporter)
     images = _images(model, example_input)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +134,10 @@ def export(
             files = sorted(Path(folder).iterdir())
             sizes = {file.name: file.stat().st_size for file in files}
             for file in files:
+                _not_a_folder(path.parent / file.name)
                 file.chmod(file_mode())  # not all libraries leave it to the umask
-                shutil.move(file, path.parent / file.name)
+            for file in files:
+                file.replace(path.parent / file.name)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
     return ExportReport(
@@ -175,19 +177,31 @@ def exporter_of(path: Path) -> Exporter:
     raise ConfigError(f"'{path}' has no suffix of an exported model; allowed: {allowed}{broken}")
 
 
-def _target(path: Path, format: str, suffix: str) -> Path:
+def _target(path: Path, format: str, exporter: Exporter) -> Path:
     """The file to write."""
+    suffix = exporter.suffix
     if path.is_dir():
         path = path / f"model-{format}{suffix}"
     elif not path.suffix:
         path = path.with_name(path.name + suffix)
     if path.suffix != suffix:
         raise ConfigError(f"export: '{format}' writes '{suffix}' files, not '{path.name}'")
+    _not_a_folder(path)
     try:
         read_metadata(path)
     except CheckpointError:
-        return path
+        other = exporter.in_the_way(path)
+        if other is None:
+            return path
+        raise ConfigError(
+            f"export: '{other}' was not written by ptq4vit's export; move it, or give another file"
+        ) from None
     raise ConfigError(f"export: '{path}' is a checkpoint, not an export; give another file")
+
+
+def _not_a_folder(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"export: '{path}' is a folder; move it, or give another file")
 
 
 def _images(model: nn.Module, example_input: Any) -> list[Tensor]:

@@ -7,9 +7,10 @@ import os
 import pytest
 import torch
 from models import images, small_vit, sqnr
+from safetensors.torch import save_file
 
 import ptq4vit_plugin as ptq
-from ptq4vit_plugin.errors import ModelError, PTQ4ViTError
+from ptq4vit_plugin.errors import ConfigError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.exporting import exporter_of
 
 pytest.importorskip("openvino")
@@ -101,6 +102,55 @@ def test_differences_per_op_of_a_model_that_only_its_code_can_build(tmp_path):
     quantized = ptq.quantize(small_vit(1), data, {"algorithm": "ptq4vit_plus", **SHORT})
     report = ptq.export(quantized, tmp_path / "a.safetensors", "integer", data, per_op=True)
     assert "head/linear/0" in report.op_differences
+
+
+@pytest.mark.parametrize(
+    ("format", "output", "taken"),
+    [
+        ("integer", "v.safetensors", "v.safetensors"),
+        ("openvino", "v.xml", "v.bin"),
+    ],
+)
+def test_files_of_others_are_not_replaced(tmp_path, format, output, taken, quantized):
+    other = tmp_path / taken
+    save_file({"weight": torch.ones(3)}, other)
+    if format == "openvino":
+        (tmp_path / output).write_text("<net/>")
+    before = other.read_bytes()
+    with pytest.raises(ConfigError, match=f"'{other}' was not written by ptq4vit's export; move"):
+        ptq.export(quantized("vit", 8), tmp_path / output, format, images(1))
+    assert other.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {output, taken}
+
+
+@pytest.mark.parametrize("format", SUFFIX)
+def test_an_export_is_replaced_by_another_one(tmp_path, format, quantized):
+    path = tmp_path / f"v{SUFFIX[format]}"
+    ptq.export(quantized("vit", 8), path, format, images(1))
+    before = path.read_bytes()
+    ptq.export(quantized("vit", 4), path, format, images(1))
+    with torch.no_grad():
+        expected = quantized("vit", 4)(images(1)[0])
+    assert path.read_bytes() != before
+    assert sqnr(expected, exporter_of(path).read(path)(images(1)[0])) > 20
+
+
+@pytest.mark.parametrize(
+    ("format", "output", "folder"),
+    [
+        ("onnx", ".", "model-onnx.onnx"),
+        ("integer", ".", "model-integer.safetensors"),
+        ("openvino", ".", "model-openvino.xml"),
+        ("openvino", "w.xml", "w.bin"),
+    ],
+)
+def test_nothing_is_written_into_a_folder_that_has_the_files_name(
+    tmp_path, format, output, folder, quantized
+):
+    (tmp_path / folder).mkdir()
+    with pytest.raises(ConfigError, match=f"{folder}.*; move it, or give another file"):
+        ptq.export(quantized("vit", 8), tmp_path / output, format, images(1))
+    assert list(tmp_path.rglob("*")) == [tmp_path / folder]
 
 
 class Pair(torch.nn.Module):

@@ -27,7 +27,7 @@ from ptq4vit_plugin.integrations.openvino.placement import place_quantizers
 from ptq4vit_plugin.integrations.openvino.zero_points import fold_zero_points
 from ptq4vit_plugin.integrations.qdq import qdq_model
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
-from ptq4vit_plugin.sealing import BLANK, check_seal, seal
+from ptq4vit_plugin.sealing import BLANK, check_seal, is_sealed, seal
 
 try:
     import openvino
@@ -175,6 +175,12 @@ class OpenVINOExporter(Exporter):
             if facts is None or len(traced["float_products"]) < len(facts["float_products"]):
                 return made, traced
         return placed, facts
+
+    def in_the_way(self, path: Path) -> Path | None:
+        """A ``.bin`` that is a folder or belongs to no ``.xml`` of ours."""
+        weights = path.with_suffix(".bin")
+        foreign = weights.is_dir() or not is_sealed(path)
+        return weights if weights.exists() and foreign else None
 
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Run the files in OpenVINO on the CPU, what is not quantized in float32."""
