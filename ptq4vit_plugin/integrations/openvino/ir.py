@@ -41,6 +41,8 @@ except ImportError as missing:
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 IN_FLOAT = {**EXACT, "LP_TRANSFORMS_MODE": "NO"}
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
+#: A kernel of several nodes, such as attention's, whose products are known by their names only.
+FUSED = "Subgraph"
 SECTION = "ptq4vit"
 #: Dimensions that are dynamic where only the number of images is.
 BATCH = (0,)
@@ -318,17 +320,21 @@ def _precisions(model: openvino.Model, ops: Sequence[QuantizedOp]) -> dict[str, 
     integer, floating = 0, []
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
-        if info["layerType"].astype(str) not in PRODUCTS:
+        kind, names = (info[key].astype(str) for key in ("layerType", "originalLayersNames"))
+        if kind == FUSED:
+            nodes = [n for n in names.split(",") if n.rpartition("/")[2].startswith(PRODUCTS)]
+            products = [op for op in map(_op_of, nodes) if op in planned.values()]
+        elif kind in PRODUCTS:
+            matching = [name for key, name in planned.items() if f".{key}/" in names]
+            products = matching[:1] or [names]
+        else:
             continue
-        names = info["originalLayersNames"].astype(str)
         # A float product of int8 weights calls itself i8 as well; its kernel's name does not.
         kernel = info["primitiveType"].astype(str).lower()
         if info["runtimePrecision"].astype(str) in ("i8", "u8") and kernel.endswith("8"):
-            integer += 1
-            continue
-        matching = [name for key, name in planned.items() if f".{key}/" in names]
-        if matching or "__module.model." not in names:
-            floating.append(matching[0] if matching else names)
+            integer += len(products)
+        else:
+            floating += [name for name in products if "__module.model." not in name]
     return {
         "integer_products": integer,
         "planned_products": sum(len(op.grids[0]) * len(op.grids[1]) for op in ops if op.integer),
