@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,16 @@ from ptq4vit_plugin.checkpoint import read_metadata
 from ptq4vit_plugin.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     ModelError,
     RegistryError,
+    nearest,
+    one_line,
 )
 from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.files import file_mode, unwritable
 from ptq4vit_plugin.integrations.nncf.batch import batches
+from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.nncf.passes import frozen
 from ptq4vit_plugin.integrations.timm.images import preprocessing
 from ptq4vit_plugin.verification import Artefact, op_differences
@@ -109,18 +116,23 @@ def export(
     Raises
     ------
     ConfigError
-        Unknown options, a wrong suffix, or something in the file's place that is not replaced.
+        Unknown options or values, a wrong suffix, or in the file's place something that is kept.
+    DataError
+        ``example_input`` has no images, or some with NaN or infinite values.
     ModelError
-        The model is not quantized by this plugin.
+        The model is not quantized by this plugin, or takes no such images.
     ExportError
         The format cannot express the model, or the artefact computes something else.
     """
-    family = registry.load("exporters", format)
-    try:
-        exporter = family(**options)
-    except TypeError as error:
-        allowed = ", ".join(registry.options("exporters", family)) or "none"
-        raise ConfigError(f"export: {error}; options of '{format}': {allowed}") from error
+    check_options(format, options)
+    exporter = registry.load("exporters", format)(**options)
+    if not isinstance(min_sqnr, Real) or math.isnan(min_sqnr):
+        raise ConfigError(f"export: min_sqnr: {min_sqnr!r} is not allowed; allowed: a number of dB")
+    if isinstance(model, ReplacedOps):
+        raise ModelError(
+            "export: this is an integer model already, which an export wrote; give the quantized "
+            "model that it was made from"
+        )
     path = _target(Path(path), format, exporter)
     images = _images(model, example_input)
     try:
@@ -153,6 +165,31 @@ def export(
         op_differences=differences,
         facts=artefact.facts,
     )
+
+
+def check_options(format: str, options: Mapping[str, Any], where: str = "export: ") -> None:
+    """Refuse options that an exporter does not have, and others than true or false for a switch.
+
+    Parameters
+    ----------
+    where
+        What stands in front of an option's name in messages.
+
+    Raises
+    ------
+    ConfigError
+        See above.
+    """
+    known = registry.options("exporters", registry.load("exporters", format))
+    for key, value in options.items():
+        if key not in known:
+            allowed = ", ".join(known) or "none"
+            raise ConfigError(
+                f"{where}{key}: not an option of '{format}'; allowed: {allowed}"
+                + nearest(key, known)
+            )
+        if isinstance(known[key], bool) and not isinstance(value, bool):
+            raise ConfigError(f"{where}{key}: {value!r} is not allowed; allowed: true or false")
 
 
 def exporter_of(path: Path) -> Exporter:
@@ -209,7 +246,14 @@ def _images(model: nn.Module, example_input: Any) -> list[Tensor]:
         size = preprocessing(model).input_size
         noise = torch.randn(RANDOM_IMAGES, *size, generator=torch.Generator().manual_seed(0))
         return [noise]
-    found = batches([example_input] if isinstance(example_input, Tensor) else example_input)
+    try:
+        found = batches([example_input] if isinstance(example_input, Tensor) else example_input)
+    except (DataError, TypeError) as error:
+        reason = one_line(error).replace("calibration ", "")
+        raise DataError(
+            f"export: example_input: {reason}; allowed: a tensor of images [B, C, H, W], an "
+            "iterable of them, or an nncf.Dataset"
+        ) from error
     if any(len(batch.args) != 1 or batch.kwargs for batch in found):
         raise ModelError("export: only models of one input, the images, can be exported")
     return [batch.args[0].float().cpu() for batch in found]

@@ -4,13 +4,14 @@ import copy
 import logging
 import os
 
+import numpy as np
 import pytest
 import torch
 from models import images, small_vit, sqnr
 from safetensors.torch import save_file
 
 import ptq4vit_plugin as ptq
-from ptq4vit_plugin.errors import ConfigError, ModelError, PTQ4ViTError
+from ptq4vit_plugin.errors import ConfigError, DataError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.exporting import exporter_of
 
 pytest.importorskip("openvino")
@@ -151,6 +152,47 @@ def test_nothing_is_written_into_a_folder_that_has_the_files_name(
     with pytest.raises(ConfigError, match=f"{folder}.*; move it, or give another file"):
         ptq.export(quantized("vit", 8), tmp_path / output, format, images(1))
     assert list(tmp_path.rglob("*")) == [tmp_path / folder]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(2, 3, 64, 64), r"example_input of \[1, 3, 64, 64\]: Input height \(64\)"),
+        ([torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 64, 64)], r"of \[1, 3, 64, 64\]: Input"),
+        (torch.zeros(2, 1, 32, 32), r"example_input of \[1, 1, 32, 32\]: .*channels"),
+        (torch.zeros(3, 32, 32), r"example_input of \[1, 32, 32\]: not enough values"),
+        (np.zeros((2, 3, 32, 32)), "export: example_input: batch 0 has no images; allowed: a tens"),
+        ("photo.png", "export: example_input: batch 0 has no images; allowed: a tensor of images"),
+        ([], "export: example_input: the set is empty"),
+        (5, "export: example_input: .* not iterable; allowed: a tensor of images"),
+    ],
+)
+def test_images_that_the_model_cannot_take_are_refused_by_name(tmp_path, quantized, given, message):
+    with pytest.raises((DataError, ModelError), match=message) as caught:
+        ptq.export(quantized("vit", 8), tmp_path / "a.onnx", "onnx", given)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "message"),
+    [
+        ("integer", {"min_sqnr": float("nan")}, "min_sqnr: nan is not allowed; allowed: a number"),
+        ("integer", {"min_sqnr": "5"}, "min_sqnr: '5' is not allowed; allowed: a number of dB"),
+        ("onnx", {"unsigned": "no"}, "unsigned: 'no' is not allowed; allowed: true or false"),
+        ("integer", {"pack": True}, "pack: not an option of 'integer'; .*did you mean 'packed'"),
+    ],
+)
+def test_options_are_checked_before_any_work(tmp_path, monkeypatch, format, options, message):
+    monkeypatch.setattr("ptq4vit_plugin.exporting.Artefact", pytest.fail)
+    with pytest.raises(ConfigError, match=f"export: {message}"):
+        ptq.export(small_vit(1), tmp_path / "a", format, images(1), **options)
+
+
+def test_an_integer_model_is_not_exported_again(tmp_path, quantized):
+    path = tmp_path / "a.safetensors"
+    ptq.export(quantized("vit", 8), path, "integer", images(1))
+    with pytest.raises(ModelError, match="export: this is an integer model already"):
+        ptq.export(ptq.load(path), tmp_path / "a.onnx", "onnx", images(1))
 
 
 class Pair(torch.nn.Module):
