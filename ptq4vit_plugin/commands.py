@@ -362,6 +362,8 @@ def run(model: Path, images: list[Path]) -> None:
             raise PTQ4ViTError(
                 f"'{model}' cannot run on an image of {list(image.shape)}: {one_line(error)[:300]}"
             ) from error
+        if logits.dim() != 1 or preprocessing.classes == 0:
+            raise PTQ4ViTError(f"'{model}' returns features {[*logits.shape]}, not classes")
         found = logits.float().softmax(0).topk(min(5, len(logits)))
         names = preprocessing.labels or [f"class {index}" for index in range(len(logits))]
         print(path)

@@ -164,6 +164,8 @@ class Preprocessing(BaseModel):
         As `timm.data.create_transform` takes them.
     labels
         Names of the classes in order; empty when they are not known.
+    classes
+        How many there are; 0 for a model that returns features, None when it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -175,10 +177,12 @@ class Preprocessing(BaseModel):
     crop_pct: float
     crop_mode: str
     labels: tuple[str, ...] = ()
+    classes: int | None = None
 
     def transform(self) -> ImageTransform:
         """The transform that these values describe."""
-        pipeline = create_transform(**self.model_dump(exclude={"labels"}), is_training=False)
+        settings = self.model_dump(exclude={"labels", "classes"})
+        pipeline = create_transform(**settings, is_training=False)
         return ImageTransform(self.input_size[0], self.input_size[1:], pipeline)
 
 
@@ -188,10 +192,12 @@ def preprocessing(
     """What `image_transform` does for a model, as values, with ImageNet's class names; for images
     of another size if one is given."""
     config = _transform_config(model, input_size)
-    subset = infer_imagenet_subset({"num_classes": getattr(model, "num_classes", 0)})
+    classes = getattr(model, "num_classes", None)
+    subset = infer_imagenet_subset({"num_classes": classes or 0})
     labels = ImageNetInfo(subset).label_descriptions() if subset else ()
-    names = Preprocessing.model_fields.keys() - {"labels"}
-    return Preprocessing(**{name: config[name] for name in names}, labels=tuple(labels))
+    names = Preprocessing.model_fields.keys() - {"labels", "classes"}
+    settings = {name: config[name] for name in names}
+    return Preprocessing(**settings, labels=tuple(labels), classes=classes)
 
 
 def split_path(root: Path, split: str, suffix: str = "") -> Path:
