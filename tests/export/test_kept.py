@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.errors import ConfigError, DataError, ModelError, PTQ4ViTError
 from ptq4vit_plugin.exporting import exporter_of
+from ptq4vit_plugin.integrations.timm.images import image_transform
+from ptq4vit_plugin.integrations.timm.models import Recipe, create
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
@@ -186,6 +188,17 @@ def test_options_are_checked_before_any_work(tmp_path, monkeypatch, format, opti
     monkeypatch.setattr("ptq4vit_plugin.exporting.Artefact", pytest.fail)
     with pytest.raises(ConfigError, match=f"export: {message}"):
         ptq.export(small_vit(1), tmp_path / "a", format, images(1), **options)
+
+
+def test_noise_has_the_size_that_a_model_was_created_for(tmp_path):
+    """LeViT's class does not say it, and timm's config keeps the pretrained one."""
+    model = create(Recipe(name="levit_128s", args={"img_size": 64, "num_classes": 10}))
+    assert image_transform(model).size == (64, 64)
+    config = {"algorithm": "base_ptq", "metric": "mse", "rounds": 1, "search_range": {"n": 2}}
+    quantized = ptq.quantize(model, images(1, 2, size=64), config)
+    path = tmp_path / "a.safetensors"
+    assert ptq.export(quantized, path, "integer").random
+    assert exporter_of(path).preprocessing(path).input_size == (3, 64, 64)
 
 
 def test_an_integer_model_is_not_exported_again(tmp_path, quantized):

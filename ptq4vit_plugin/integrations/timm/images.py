@@ -17,10 +17,12 @@ from timm.data import (
     resolve_model_data_config,
 )
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.layers import to_2tuple
 from timm.utils.misc import natural_key
 from torch import nn
 
 from ...errors import DataError, nearest, one_line
+from .models import recipe_of
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # timm's own synonyms for the folders of a data set
@@ -45,6 +47,15 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     if size is None or not getattr(embedding, "strict_img_size", True):
         return None
     return tuple(size)
+
+
+def _created_size(model: nn.Module) -> tuple[int, int] | None:
+    """The ``img_size`` that a model was created with, if its patch embedding says none."""
+    recipe = recipe_of(model)
+    size = None if recipe is None else recipe.args.get("img_size")
+    if size is None or getattr(getattr(model, "patch_embed", None), "img_size", None) is not None:
+        return None
+    return to_2tuple(size)
 
 
 class ImageTransform:
@@ -100,7 +111,7 @@ def _transform_config(
     given."""
     config = resolve_model_data_config(model)
     channels = input_channels(model) or config["input_size"][0]
-    size = fixed_size(model) or tuple(config["input_size"][1:])
+    size = fixed_size(model) or _created_size(model) or tuple(config["input_size"][1:])
     if input_size is not None:
         channels, *size = input_size
     for key in ("mean", "std"):
@@ -116,16 +127,18 @@ def eight_bits(image: Image.Image) -> Image.Image:
     Raises
     ------
     ValueError
-        Integers of 32 bits or floats outside 0 to 255: what is white is not known.
+        Integers of 32 bits or floats outside 0 to 255, or floats up to 1: what is white is not
+        known.
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         values = np.asarray(image)
-        if not ((values >= 0) & (values <= 255)).all():
+        outside = not ((values >= 0) & (values <= 255)).all()
+        if outside or (image.mode == "F" and 0 < values.max() <= 1):
             raise ValueError(
                 f"values from {values.min():g} to {values.max():g} in mode {image.mode}; allowed: "
-                "0 to 255, or 16 bits without sign"
+                "0 to 255 (not floats of 0 to 1), or 16 bits without sign"
             )
     return image
 
