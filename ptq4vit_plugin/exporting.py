@@ -125,7 +125,10 @@ def export(
         The format cannot express the model, or the artefact computes something else.
     """
     check_options(format, options)
-    exporter = registry.load("exporters", format)(**options)
+    try:
+        exporter = registry.load("exporters", format)(**options)
+    except TypeError as error:  # one that has no default is missing
+        raise ConfigError(f"export: '{format}': {error}") from error
     if not isinstance(min_sqnr, Real) or math.isnan(min_sqnr):
         raise ConfigError(f"export: min_sqnr: {min_sqnr!r} is not allowed; allowed: a number of dB")
     if isinstance(model, ReplacedOps):
@@ -178,7 +181,7 @@ def check_options(format: str, options: Mapping[str, Any], where: str = "export:
     Raises
     ------
     ConfigError
-        See above.
+        The first that is not allowed.
     """
     known = registry.options("exporters", registry.load("exporters", format))
     for key, value in options.items():
