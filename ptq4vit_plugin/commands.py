@@ -25,11 +25,11 @@ from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.algorithms.finished import remove
 from ptq4vit_plugin.config import Config, parse
 from ptq4vit_plugin.data import calibration_images, loader, open_dataset
-from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError, nearest, one_line
+from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError, one_line
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
+from ptq4vit_plugin.exporting import check_options, exporter_of
 from ptq4vit_plugin.exporting import export as export_model
-from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.files import json_text, no_other_run, output_folder, written_whole
 from ptq4vit_plugin.integrations.device import local_device
 from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks, wait_for_all
@@ -306,7 +306,8 @@ def export(
     checkpoint = artefacts.locate(checkpoint)
     model = checkpoints.load(checkpoint)
     family = registry.load("exporters", format)
-    given = _options(format, registry.options("exporters", family), options)
+    given = dict(sweeps.assignment(option) for option in options)
+    check_options(format, given, "--set ")
     if config is None:
         config = _saved_config(checkpoint)
     images = None if config is None else calibration(config, model)
@@ -327,20 +328,6 @@ def export(
     write_text(results, json_text({**known, "exports": exports}, indent=2))
     Console().print(export_table(report))
     print(f"written: {', '.join(str(folder / name) for name in report.files)}")
-
-
-def _options(format: str, known: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """What ``--set`` says, checked against the options that a format has."""
-    options = dict(sweeps.assignment(option) for option in given)
-    for key, value in options.items():
-        if key not in known:
-            allowed = ", ".join(known) or "none"
-            raise ConfigError(
-                f"--set {key}: not an option of '{format}'; allowed: {allowed}{nearest(key, known)}"
-            )
-        if isinstance(known[key], bool) and not isinstance(value, bool):
-            raise ConfigError(f"--set {key}: {value!r} is not allowed; allowed: true or false")
-    return options
 
 
 def _saved_config(checkpoint: Path) -> Config | None:
@@ -384,6 +371,8 @@ def run(model: Path, images: list[Path]) -> None:
             raise PTQ4ViTError(
                 f"'{model}' cannot run on an image of {list(image.shape)}: {one_line(error)[:300]}"
             ) from error
+        if logits.dim() != 1 or preprocessing.classes == 0:
+            raise PTQ4ViTError(f"'{model}' returns features {[*logits.shape]}, not classes")
         found = logits.float().softmax(0).topk(min(5, len(logits)))
         names = preprocessing.labels or [f"class {index}" for index in range(len(logits))]
         print(path)

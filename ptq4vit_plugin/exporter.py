@@ -47,6 +47,13 @@ class Exporter(ABC):
             What is worth knowing about the result, as JSON; `export` reports it.
         """
 
+    def in_the_way(self, path: Path) -> Path | None:
+        """A file or folder that `write` would replace and that nobody meant to give it; here, none.
+
+        `export` refuses to write then, before it does anything else.
+        """
+        return None
+
     @abstractmethod
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """What was written, loaded fresh, as its runtime runs it by default in float32.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import tempfile
+from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,16 @@ from ptq4vit_plugin.checkpoint import read_metadata
 from ptq4vit_plugin.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     ModelError,
     RegistryError,
+    nearest,
+    one_line,
 )
 from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.files import file_mode, unwritable
 from ptq4vit_plugin.integrations.nncf.batch import batches
+from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.nncf.passes import frozen
 from ptq4vit_plugin.integrations.timm.images import preprocessing
 from ptq4vit_plugin.verification import Artefact, op_differences
@@ -93,7 +99,8 @@ def export(
         What `quantize` or `load` returned.
     path
         File to write; a suffix is added when there is none. In a folder that exists, the file is
-        called ``model-<format>``. What is there is replaced, unless it is a checkpoint.
+        called ``model-<format>``. What is there is replaced, unless it is a checkpoint, other
+        tensors in a ``.safetensors`` file, or a ``.bin`` file that belongs to no export.
     format
         A registered exporter: ``integer``, ``openvino`` or ``onnx``.
     example_input
@@ -109,19 +116,27 @@ def export(
     Raises
     ------
     ConfigError
-        Unknown options, a wrong suffix, or a checkpoint in the file's place.
+        Unknown options or values, a wrong suffix, or in the file's place something that is kept.
+    DataError
+        ``example_input`` has no images, or some with NaN or infinite values.
     ModelError
-        The model is not quantized by this plugin.
+        The model is not quantized by this plugin, or takes no such images.
     ExportError
         The format cannot express the model, or the artefact computes something else.
     """
-    family = registry.load("exporters", format)
+    check_options(format, options)
     try:
-        exporter = family(**options)
-    except TypeError as error:
-        allowed = ", ".join(registry.options("exporters", family)) or "none"
-        raise ConfigError(f"export: {error}; options of '{format}': {allowed}") from error
-    path = _target(Path(path), format, exporter.suffix)
+        exporter = registry.load("exporters", format)(**options)
+    except TypeError as error:  # one that has no default is missing
+        raise ConfigError(f"export: '{format}': {error}") from error
+    if not isinstance(min_sqnr, Real) or math.isnan(min_sqnr):
+        raise ConfigError(f"export: min_sqnr: {min_sqnr!r} is not allowed; allowed: a number of dB")
+    if isinstance(model, ReplacedOps):
+        raise ModelError(
+            "export: this is an integer model already, which an export wrote; give the quantized "
+            "model that it was made from"
+        )
+    path = _target(Path(path), format, exporter)
     images = _images(model, example_input)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +149,10 @@ def export(
             files = sorted(Path(folder).iterdir())
             sizes = {file.name: file.stat().st_size for file in files}
             for file in files:
+                _not_a_folder(path.parent / file.name)
                 file.chmod(file_mode())  # not all libraries leave it to the umask
-                shutil.move(file, path.parent / file.name)
+            for file in files:
+                file.replace(path.parent / file.name)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
     return ExportReport(
@@ -151,6 +168,31 @@ def export(
         op_differences=differences,
         facts=artefact.facts,
     )
+
+
+def check_options(format: str, options: Mapping[str, Any], where: str = "export: ") -> None:
+    """Refuse options that an exporter does not have, and others than true or false for a switch.
+
+    Parameters
+    ----------
+    where
+        What stands in front of an option's name in messages.
+
+    Raises
+    ------
+    ConfigError
+        The first that is not allowed.
+    """
+    known = registry.options("exporters", registry.load("exporters", format))
+    for key, value in options.items():
+        if key not in known:
+            allowed = ", ".join(known) or "none"
+            raise ConfigError(
+                f"{where}{key}: not an option of '{format}'; allowed: {allowed}"
+                + nearest(key, known)
+            )
+        if isinstance(known[key], bool) and not isinstance(value, bool):
+            raise ConfigError(f"{where}{key}: {value!r} is not allowed; allowed: true or false")
 
 
 def exporter_of(path: Path) -> Exporter:
@@ -175,19 +217,31 @@ def exporter_of(path: Path) -> Exporter:
     raise ConfigError(f"'{path}' has no suffix of an exported model; allowed: {allowed}{broken}")
 
 
-def _target(path: Path, format: str, suffix: str) -> Path:
+def _target(path: Path, format: str, exporter: Exporter) -> Path:
     """The file to write."""
+    suffix = exporter.suffix
     if path.is_dir():
         path = path / f"model-{format}{suffix}"
     elif not path.suffix:
         path = path.with_name(path.name + suffix)
     if path.suffix != suffix:
         raise ConfigError(f"export: '{format}' writes '{suffix}' files, not '{path.name}'")
+    _not_a_folder(path)
     try:
         read_metadata(path)
     except CheckpointError:
-        return path
+        other = exporter.in_the_way(path)
+        if other is None:
+            return path
+        raise ConfigError(
+            f"export: '{other}' was not written by ptq4vit's export; move it, or give another file"
+        ) from None
     raise ConfigError(f"export: '{path}' is a checkpoint, not an export; give another file")
+
+
+def _not_a_folder(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"export: '{path}' is a folder; move it, or give another file")
 
 
 def _images(model: nn.Module, example_input: Any) -> list[Tensor]:
@@ -195,7 +249,14 @@ def _images(model: nn.Module, example_input: Any) -> list[Tensor]:
         size = preprocessing(model).input_size
         noise = torch.randn(RANDOM_IMAGES, *size, generator=torch.Generator().manual_seed(0))
         return [noise]
-    found = batches([example_input] if isinstance(example_input, Tensor) else example_input)
+    try:
+        found = batches([example_input] if isinstance(example_input, Tensor) else example_input)
+    except (DataError, TypeError) as error:
+        reason = one_line(error).replace("calibration ", "")
+        raise DataError(
+            f"export: example_input: {reason}; allowed: a tensor of images [B, C, H, W], an "
+            "iterable of them, or an nncf.Dataset"
+        ) from error
     if any(len(batch.args) != 1 or batch.kwargs for batch in found):
         raise ModelError("export: only models of one input, the images, can be exported")
     return [batch.args[0].float().cpu() for batch in found]

@@ -24,6 +24,14 @@ def seal(path: Path, companions: Iterable[Path] = ()) -> None:
     path.write_bytes(content.replace(BLANK.encode(), b"ptq4vit-sha256-" + digest.encode(), 1))
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file has a checksum, right or wrong; False also when it cannot be read."""
+    try:
+        return _SEAL.search(path.read_bytes()) is not None
+    except OSError:
+        return False
+
+
 def check_seal(path: Path, companions: Iterable[Path] = ()) -> None:
     """Compare a file with the checksum in it.
 

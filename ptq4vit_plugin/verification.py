@@ -52,10 +52,20 @@ class Artefact:
         ExportError
             The file computes something else, or cannot be written.
         ModelError
-            The model returns something else than a tensor.
+            The model takes no such images, or returns something else than a tensor.
         """
         self.exporter.input_size = tuple(images[0].shape[1:])
-        _logits(self.model, [images[0][:1]])  # a model that cannot be compared is not written
+        # A model that cannot be compared is not written.
+        for some in {batch.shape[1:]: batch[:1] for batch in images}.values():
+            try:
+                _logits(self.model, [some])
+            except PTQ4ViTError:
+                raise
+            except Exception as error:  # models' own errors have no common base
+                raise ModelError(
+                    f"export: the model cannot take example_input of {[*some.shape]}: "
+                    f"{_in_a_line(error)}"
+                ) from error
         try:
             larger, *others = resized(self.model, images[0])
             self.facts = self.exporter.write(self.model, self.path, larger, (0, 2, 3))

@@ -154,6 +154,7 @@ def test_an_image_file_of_16_bits_is_seen_as_of_8(tmp_path, source):
         (np.array([[0, 300]], np.int32), "from 0 to 300 in mode I"),
         (np.array([[-1, 2]], np.float32), "from -1 to 2 in mode F"),
         (np.array([[0, np.nan]], np.float32), "in mode F"),
+        (np.array([[0, 0.9]], np.float32), "from 0 to 0.9 in mode F; allowed: .*not floats of 0"),
     ],
 )
 def test_pixels_whose_white_is_not_known(tmp_path, values, words):

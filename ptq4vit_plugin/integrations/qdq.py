@@ -175,7 +175,11 @@ class QDQOp(nn.Module):
         left = left[None] if flat else left
         lefts, rights = _parts(self.left, left), _parts(self.right, right)
         call = torch.matmul if self.kind == "matmul" else function
-        out = None
+        out = bias = None
+        if any(factor is not None for _, factor in (*lefts, *rights)):
+            # Factors are the product's alone.
+            bias = _bias(self.kind, rest, named)
+            rest, named = _without_bias(self.kind, rest, named)
         for a, a_factor in lefts:
             for b, b_factor in rights:
                 part = call(a, b, *rest, **named)
@@ -185,6 +189,8 @@ class QDQOp(nn.Module):
                     part = part * _product(a_factor, b_factor)
                 out = part if out is None else out + part
                 rest, named = _without_bias(self.kind, rest, named)
+        if bias is not None:
+            out = out + bias.reshape(OUTPUT_CHANNELS[self.kind])
         # Squeeze, not an index: OpenVINO gives the result of an index behind an integer product the
         # wrong shape.
         return out.squeeze(0) if flat else out
@@ -211,6 +217,12 @@ def _clamp(x: Tensor, limit: Tensor | float, side: str) -> Tensor:
     if isinstance(limit, float):
         return torch.clamp(x, **{side: limit})
     return torch.maximum(x, limit) if side == "min" else torch.minimum(x, limit)
+
+
+def _bias(kind: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+    if kind == "matmul":
+        return None
+    return named.get("bias", rest[0] if rest else None)
 
 
 def _without_bias(

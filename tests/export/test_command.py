@@ -13,6 +13,7 @@ from ptq4vit_plugin import commands, registry
 from ptq4vit_plugin.cli import app
 from ptq4vit_plugin.errors import RegistryError
 from ptq4vit_plugin.integrations.integer.checkpoint import IntegerExporter
+from ptq4vit_plugin.integrations.timm.models import Recipe, create
 
 
 @pytest.fixture
@@ -117,6 +118,28 @@ def test_run_prints_the_classes_of_the_model(checkpoint, image, quantized):
         best = int(model(image_transform(model)(opened)[None]).argmax())
     lines = done.stdout.splitlines()
     assert lines[0] == str(image) and len(lines) == 6 and lines[1].endswith(f"class {best}")
+
+
+@pytest.mark.parametrize(
+    ("args", "shape"),
+    [
+        ({"num_classes": 0}, [64]),
+        ({"num_classes": 0, "global_pool": ""}, [17, 64]),
+        ({"num_classes": 5, "global_pool": ""}, [17, 5]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx"])
+def test_run_names_what_a_model_without_classes_returns(args, shape, suffix, image, tmp_path):
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "depth": 1}
+    model = create(Recipe(name="vit_tiny_patch16_224", args={**size, **args}))
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    config = {"algorithm": "base_ptq", "metric": "mse", "search_range": {"n": 4}, "rounds": 1}
+    path = tmp_path / f"features{suffix}"
+    quantized = ptq.quantize(model, [x], config)
+    ptq.export(quantized, path, suffix[1:].replace("safetensors", "integer"), x)
+    done = run("run", path, image)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not done.stdout
+    assert f"returns features {shape}, not classes" in done.stderr
 
 
 def test_run_refuses_what_is_no_model_or_no_image(checkpoint, image):

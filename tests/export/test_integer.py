@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import adds_int8_pairs
 from ptq4vit_plugin.integrations.integer import byte_linear, product
 from ptq4vit_plugin.integrations.integer.byte_linear import ByteLinear, is_exact, pairs_fit
-from ptq4vit_plugin.integrations.integer.checkpoint import pack, unpack
+from ptq4vit_plugin.integrations.integer.checkpoint import (
+    GridEntry,
+    Metadata,
+    OpEntry,
+    pack,
+    unpack,
+)
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
 from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
 from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows
@@ -402,3 +409,12 @@ def test_wrong_arguments(arguments, message, quantized, tmp_path):
     arguments["path"] = tmp_path / arguments["path"]
     with pytest.raises(PTQ4ViTError, match=message):
         ptq.export(quantized("vit", 8), **arguments)
+
+
+def test_every_key_of_the_file_is_described():
+    described = (Path(__file__).parents[2] / "docs" / "integer-format.md").read_text("utf-8")
+    rows = [line for line in described.splitlines() if line.startswith("| `")]
+    keys = " ".join(row.split("|")[1] for row in rows)
+    for entry in (Metadata, OpEntry, GridEntry):
+        for name in entry.model_fields:
+            assert f"`{name}`" in keys, name

@@ -50,19 +50,23 @@ def test_plain_fake_quantize_is_the_simulation(
         assert torch.equal(selected(x), lowered(x))
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("per_tensor", "unsigned"), [(False, False), (True, False), (True, True)])
-def test_weights_that_are_computed_keep_a_scale_per_output_channel(per_tensor, unsigned):
+def test_weights_that_are_computed_keep_a_scale_per_output_channel(per_tensor, unsigned, biased):
     class Computed(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.register_buffer("basis", torch.randn(9, 8) * torch.logspace(-2, 2, 9)[:, None])
             self.conv = torch.nn.Conv2d(3, 8, 1)
             self.head = torch.nn.Linear(9, 5)
+            # As large as the products, whose scales must not be multiplied by them.
+            self.inner = torch.randn(8) * torch.logspace(-2, 2, 8) if biased else None
+            self.outer = torch.randn(9) * torch.logspace(0, 4, 9) if biased else None
 
         def forward(self, x):
             kernel = self.conv.weight * torch.logspace(-2, 2, 8)[:, None, None, None]
-            x = torch.nn.functional.conv2d(x, kernel).mean(3).transpose(1, 2)
-            return self.head(torch.nn.functional.linear(x, self.basis)).mean(1)
+            x = torch.nn.functional.conv2d(x, kernel, self.inner).mean(3).transpose(1, 2)
+            return self.head(torch.nn.functional.linear(x, self.basis, bias=self.outer)).mean(1)
 
     torch.manual_seed(0)
     x = torch.randn(8, 3, 6, 6)
@@ -388,4 +392,64 @@ def test_what_counts_as_wrong_for_a_batch_of_any_size(
     monkeypatch.setattr(exporter, "_runner", runner)
     images = openvino.opset13.parameter([-1, 3, 32, 32], np.float32)
     made = openvino.Model([openvino.opset13.result(images)], [images])
-    assert exporter._right_for_any_size(made, model, x) == right
+    assert exporter._right_for_any_size(made, x, logits) == right
+
+
+def test_products_of_one_kernel_are_counted_one_by_one(float_model, batch, tmp_path):
+    """As OpenVINO computes attention where it has uniform quantizers."""
+    x = batch("vit", 2)
+    config = {"algorithm": "base_ptq", "metric": "mse", "search_range": {"n": 4}, "rounds": 1}
+    model = ptq.quantize(float_model("vit"), [x], config)
+    facts = ptq.export(model, tmp_path / "m.xml", "openvino", x).facts
+    # The embedding, per block qkv, q·k, attention·V, proj, fc1 and fc2; and the head.
+    assert facts["planned_products"] == facts["integer_products"] == 2 * 6 + 2
+    assert facts["float_products"] == []
+
+
+@pytest.mark.parametrize(("kernel", "integer"), [("jit_avx512_i8", 2), ("jit_avx512_f32", 0)])
+def test_products_of_a_kernel_in_float_are_named(kernel, integer, quantized, monkeypatch):
+    from ptq4vit_plugin.integrations.openvino import ir as exporter
+
+    first, second, norm = "blocks:0:attn:matmul:0", "blocks:0:attn:matmul:1", "__module.model.norm"
+    nodes = [
+        f"__module.ops.{first}/aten::matmul/MatMul",
+        f"__module.ops.{first}/aten::matmul/MatMul/DequantizationMultiply",
+        "__module.model.blocks.0.attn/aten::softmax/Softmax",
+        f"__module.ops.{second}.left.0/aten::fake_quantize_per_tensor_affine/FakeQuantize",
+        f"__module.ops.{second}/aten::matmul/MatMul",
+        "",
+    ]
+
+    class Text(str):
+        def astype(self, kind):
+            return str(self)
+
+    class Node:
+        def __init__(self, names, kernel):
+            said = {
+                "layerType": "Subgraph",
+                "originalLayersNames": names,
+                "primitiveType": kernel,
+                "runtimePrecision": kernel.rpartition("_")[2],
+            }
+            self.info = {key: Text(value) for key, value in said.items()}
+
+        def get_rt_info(self):
+            return self.info
+
+    class Core:
+        def compile_model(self, *given):
+            return self
+
+        def get_runtime_model(self):
+            return self
+
+        def get_ops(self):
+            return [Node(",".join(nodes), kernel), Node(f"{norm}/Add,", "jit_avx512_f32")]
+
+    monkeypatch.setattr(exporter.openvino, "Core", Core)
+    _, ops = qdq_model(quantized("vit", 8))
+    facts = exporter._precisions(None, ops)
+    assert facts["integer_products"] == integer
+    named = ["blocks/0/attn/matmul/0", "blocks/0/attn/matmul/1"]
+    assert facts["float_products"] == ([] if integer else named)

@@ -147,6 +147,10 @@ class IntegerExporter(Exporter):
         names = [op.name for op in found if op.integer]
         return {"integer_ops": len(names), "float_ops": [o.name for o in found if not o.integer]}
 
+    def in_the_way(self, path: Path) -> Path | None:
+        """Tensors that are no integer checkpoint."""
+        return path if path.exists() and not is_integer(path) else None
+
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Images to logits, in the model's own type inside; see `load`."""
         model = load(path, copy.deepcopy(self._architecture))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ptq4vit_plugin.errors import CheckpointError, ExportError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.exporter import Exporter
-from ptq4vit_plugin.integrations.device import adds_int8_pairs, device_of
+from ptq4vit_plugin.integrations.device import adds_int8_pairs, device_of, dtype_of
 from ptq4vit_plugin.integrations.lowering import QuantizedOp
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.openvino.convolutions import (
@@ -27,7 +27,7 @@ from ptq4vit_plugin.integrations.openvino.placement import place_quantizers
 from ptq4vit_plugin.integrations.openvino.zero_points import fold_zero_points
 from ptq4vit_plugin.integrations.qdq import qdq_model
 from ptq4vit_plugin.integrations.timm.images import Preprocessing, preprocessing
-from ptq4vit_plugin.sealing import BLANK, check_seal, seal
+from ptq4vit_plugin.sealing import BLANK, check_seal, is_sealed, seal
 
 try:
     import openvino
@@ -41,6 +41,8 @@ except ImportError as missing:
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 IN_FLOAT = {**EXACT, "LP_TRANSFORMS_MODE": "NO"}
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
+#: A kernel of several nodes, such as attention's, whose products are known by their names only.
+FUSED = "Subgraph"
 SECTION = "ptq4vit"
 #: Dimensions that are dynamic where only the number of images is.
 BATCH = (0,)
@@ -80,9 +82,12 @@ class OpenVINOExporter(Exporter):
             integers computes something else.
         """
         example = example.cpu()
+        with torch.inference_mode():
+            few = example[:8]
+            reference = model(few.to(device_of(model), dtype_of(model))).float().cpu()
         try:
             made, facts = self._any_granularity(model, example, dynamic)
-            if not _right_for_any_size(made, model, example):
+            if not _right_for_any_size(made, few, reference):
                 raise RuntimeError("OpenVINO computes something else for images of any size")
         except RuntimeError:
             if tuple(dynamic) != BATCH:
@@ -172,6 +177,12 @@ class OpenVINOExporter(Exporter):
             if facts is None or len(traced["float_products"]) < len(facts["float_products"]):
                 return made, traced
         return placed, facts
+
+    def in_the_way(self, path: Path) -> Path | None:
+        """A ``.bin`` that is a folder or belongs to no ``.xml`` of ours."""
+        weights = path.with_suffix(".bin")
+        foreign = weights.is_dir() or not is_sealed(path)
+        return weights if weights.exists() and foreign else None
 
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Run the files in OpenVINO on the CPU, what is not quantized in float32."""
@@ -284,16 +295,16 @@ def _op_of(node: str) -> str:
     return head.removeprefix("__module.ops.").replace(":", "/") if ":" in head else node
 
 
-@torch.inference_mode()
-def _right_for_any_size(made: openvino.Model, model: nn.Module, images: Tensor) -> bool:
+def _right_for_any_size(made: openvino.Model, images: Tensor, reference: Tensor) -> bool:
     """Whether OpenVINO computes a model with dynamic dimensions as closely as with the images' own.
+
+    The reference are the logits that the simulated model gives for the images.
 
     OpenVINO has other kernels for shapes that it knows, and some sums with convolutions come out
     right only there.
     """
-    images, fixed = images[:8], made.clone()
+    fixed = made.clone()
     fixed.reshape(list(images.shape))
-    reference = model(images.to(device_of(model))).float().cpu()
     free, own = (logit_sqnr(reference, _runner(m, EXACT)(images)) for m in (made, fixed))
     return free > CLOSE or free > own - LESS
 
@@ -309,17 +320,21 @@ def _precisions(model: openvino.Model, ops: Sequence[QuantizedOp]) -> dict[str, 
     integer, floating = 0, []
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
-        if info["layerType"].astype(str) not in PRODUCTS:
+        kind, names = (info[key].astype(str) for key in ("layerType", "originalLayersNames"))
+        if kind == FUSED:
+            nodes = [n for n in names.split(",") if n.rpartition("/")[2].startswith(PRODUCTS)]
+            products = [op for op in map(_op_of, nodes) if op in planned.values()]
+        elif kind in PRODUCTS:
+            matching = [name for key, name in planned.items() if f".{key}/" in names]
+            products = matching[:1] or [names]
+        else:
             continue
-        names = info["originalLayersNames"].astype(str)
         # A float product of int8 weights calls itself i8 as well; its kernel's name does not.
         kernel = info["primitiveType"].astype(str).lower()
         if info["runtimePrecision"].astype(str) in ("i8", "u8") and kernel.endswith("8"):
-            integer += 1
-            continue
-        matching = [name for key, name in planned.items() if f".{key}/" in names]
-        if matching or "__module.model." not in names:
-            floating.append(matching[0] if matching else names)
+            integer += len(products)
+        else:
+            floating += [name for name in products if "__module.model." not in name]
     return {
         "integer_products": integer,
         "planned_products": sum(len(op.grids[0]) * len(op.grids[1]) for op in ops if op.integer),

@@ -17,10 +17,12 @@ from timm.data import (
     resolve_model_data_config,
 )
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.layers import to_2tuple
 from timm.utils.misc import natural_key
 from torch import nn
 
 from ...errors import DataError, nearest, one_line
+from .models import recipe_of
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # timm's own synonyms for the folders of a data set
@@ -45,6 +47,15 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     if size is None or not getattr(embedding, "strict_img_size", True):
         return None
     return tuple(size)
+
+
+def _created_size(model: nn.Module) -> tuple[int, int] | None:
+    """The ``img_size`` that a model was created with, if its patch embedding says none."""
+    recipe = recipe_of(model)
+    size = None if recipe is None else recipe.args.get("img_size")
+    if size is None or getattr(getattr(model, "patch_embed", None), "img_size", None) is not None:
+        return None
+    return to_2tuple(size)
 
 
 class ImageTransform:
@@ -100,7 +111,7 @@ def _transform_config(
     given."""
     config = resolve_model_data_config(model)
     channels = input_channels(model) or config["input_size"][0]
-    size = fixed_size(model) or tuple(config["input_size"][1:])
+    size = fixed_size(model) or _created_size(model) or tuple(config["input_size"][1:])
     if input_size is not None:
         channels, *size = input_size
     for key in ("mean", "std"):
@@ -116,16 +127,18 @@ def eight_bits(image: Image.Image) -> Image.Image:
     Raises
     ------
     ValueError
-        Integers of 32 bits or floats outside 0 to 255: what is white is not known.
+        Integers of 32 bits or floats outside 0 to 255, or floats up to 1: what is white is not
+        known.
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         values = np.asarray(image)
-        if not ((values >= 0) & (values <= 255)).all():
+        outside = not ((values >= 0) & (values <= 255)).all()
+        if outside or (image.mode == "F" and 0 < values.max() <= 1):
             raise ValueError(
                 f"values from {values.min():g} to {values.max():g} in mode {image.mode}; allowed: "
-                "0 to 255, or 16 bits without sign"
+                "0 to 255 (not floats of 0 to 1), or 16 bits without sign"
             )
     return image
 
@@ -164,6 +177,8 @@ class Preprocessing(BaseModel):
         As `timm.data.create_transform` takes them.
     labels
         Names of the classes in order; empty when they are not known.
+    classes
+        How many there are; 0 for a model that returns features, None when it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -175,10 +190,12 @@ class Preprocessing(BaseModel):
     crop_pct: float
     crop_mode: str
     labels: tuple[str, ...] = ()
+    classes: int | None = None
 
     def transform(self) -> ImageTransform:
         """The transform that these values describe."""
-        pipeline = create_transform(**self.model_dump(exclude={"labels"}), is_training=False)
+        settings = self.model_dump(exclude={"labels", "classes"})
+        pipeline = create_transform(**settings, is_training=False)
         return ImageTransform(self.input_size[0], self.input_size[1:], pipeline)
 
 
@@ -188,10 +205,12 @@ def preprocessing(
     """What `image_transform` does for a model, as values, with ImageNet's class names; for images
     of another size if one is given."""
     config = _transform_config(model, input_size)
-    subset = infer_imagenet_subset({"num_classes": getattr(model, "num_classes", 0)})
+    classes = getattr(model, "num_classes", None)
+    subset = infer_imagenet_subset({"num_classes": classes or 0})
     labels = ImageNetInfo(subset).label_descriptions() if subset else ()
-    names = Preprocessing.model_fields.keys() - {"labels"}
-    return Preprocessing(**{name: config[name] for name in names}, labels=tuple(labels))
+    names = Preprocessing.model_fields.keys() - {"labels", "classes"}
+    settings = {name: config[name] for name in names}
+    return Preprocessing(**settings, labels=tuple(labels), classes=classes)
 
 
 def split_path(root: Path, split: str, suffix: str = "") -> Path:
