@@ -3,14 +3,17 @@
 import pytest
 import timm
 import torch
+from models import sqnr
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import ptq4vit_plugin as ptq
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 from ptq4vit_plugin.pipeline import plan
 from ptq4vit_plugin.plan import Source
+from ptq4vit_plugin.record import record_of
 
 SMALL = {
     "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, depth=2)),
@@ -272,6 +275,29 @@ def test_what_no_image_reaches_is_left_out():
     ]
     assert [op.name for op in left_out] == ["bias/linear/0"]
     assert "no image" in left_out[0].reason
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.long])
+def test_products_of_numbers_that_have_no_quantizer_stay_as_they_are(dtype):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.register_buffer("matrix", torch.ones(16, 16).triu().to(dtype))
+
+        def forward(self, x):
+            x = self.first(x)
+            product = (10 * x).to(dtype) @ self.matrix
+            return self.last(x + product.real / 10 if dtype.is_complex else x + product / 10)
+
+    torch.manual_seed(0)
+    model, x = Product().eval(), torch.randn(4, 5, 8)
+    quantized = ptq.quantize(model, [x], {"algorithm": "ptq4vit", "rounds": 1})
+    chosen = record_of(quantized).plan
+    assert [op.name for op in chosen.ops] == ["first/linear/0", "last/linear/0"]
+    assert [(op.name, op.macs) for op in chosen.left_out] == [("/matmul/0", 5 * 16 * 16)]
+    assert str(dtype).removeprefix("torch.") in chosen.left_out[0].reason
+    assert sqnr(model(x), quantized(x)) > 25
 
 
 def test_a_gated_product_is_no_activation_output():

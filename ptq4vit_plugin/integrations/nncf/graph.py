@@ -168,7 +168,8 @@ def _describe(
     buffers: Collection[str],
 ) -> FoundOp | LeftOut:
     edges = {edge.input_port_id: edge for edge in graph.get_input_edges(node)}
-    shapes = _operand_shapes(node)
+    operands = _operands(node)
+    shapes = {port: tuple(operand.shape) for port, operand in enumerate(operands)}
     output_shape = _output_shape(graph, node, kind, shapes)
     inner = shapes[0][-1] if kind == "matmul" else prod(shapes[1][1:])
     macs = prod(output_shape) * inner // batch_size
@@ -190,6 +191,10 @@ def _describe(
     }
     if not varying:
         return left_out("depends on no image; it is a constant that exporters fold")
+    others = [operand.dtype for operand in operands if not operand.dtype.is_floating_point]
+    if others:
+        kind_of_number = str(others[0]).removeprefix("torch.")
+        return left_out(f"its numbers are {kind_of_number}, not real floating-point ones")
     if kind != "matmul":
         if 1 in varying:
             return left_out("its weight depends on the image")
@@ -223,11 +228,10 @@ def _parameter(edge: NNCFGraphEdge | None, buffers: Collection[str]) -> str | No
     return None if name in buffers else name
 
 
-def _operand_shapes(node: NNCFNode) -> dict[int, tuple[int, ...]]:
-    """Shapes of the tensors at input ports 0 and 1, numbered as NNCF does."""
+def _operands(node: NNCFNode) -> tuple[Any, Any]:
+    """What NNCF noted, type and shape, of the tensors at input ports 0 and 1 as it numbers them."""
     attributes = node.layer_attributes
-    values = (*attributes.op_args, *attributes.op_kwargs.values())
-    return {port: tuple(value.shape) for port, value in enumerate(values[:2])}
+    return (*attributes.op_args, *attributes.op_kwargs.values())[:2]
 
 
 def _output_shape(
@@ -262,11 +266,11 @@ def _hidden_macs(graph: NNCFGraph, node: NNCFNode) -> int:
         return prod(outputs[0].tensor_shape) * left[-1]
     if not node.node_type.startswith("conv"):
         return 0
-    shapes = _operand_shapes(node)
+    images, kernel = _operands(node)
     # A transposed convolution spreads every input number over the kernel, an ordinary one gathers
     # the kernel for every output number.
     spread = "transpose" in node.node_type or not outputs
-    return prod(shapes[0] if spread else outputs[0].tensor_shape) * prod(shapes[1][1:])
+    return prod(images.shape if spread else outputs[0].tensor_shape) * prod(kernel.shape[1:])
 
 
 def source_of(graph: NNCFGraph, node: NNCFNode) -> Source:
