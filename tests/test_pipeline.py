@@ -361,6 +361,21 @@ def test_a_quantized_model_is_not_quantized_again(quantized, algorithm):
         ptq.quantize(quantized, images(1), short(algorithm))
 
 
+@pytest.mark.parametrize("inside", ["simulated", "integer", "integer itself"])
+def test_a_quantized_part_of_a_model_is_refused_by_name(model, quantized, inside, tmp_path):
+    part = quantized
+    if inside != "simulated":
+        path = tmp_path / "model.safetensors"
+        ptq.export(quantized, path, "integer", example_input=images(1))
+        part = ptq.load(path, small_vit())
+    whole = part if inside == "integer itself" else nn.Sequential(nn.Identity(), part)
+    named = "ReplacedOps" if whole is part else "1"
+    for act in (plan, lambda *args: ptq.quantize(args[0], [args[1]], args[2])):
+        with pytest.raises(ModelError, match=f"^model: '{named}' is quantized already; allowed"):
+            act(whole, images(1)[0], short())
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
 def test_zero_gradient_is_an_error():
     model = small_vit()
     with torch.no_grad():

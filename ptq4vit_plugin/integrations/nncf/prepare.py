@@ -13,6 +13,7 @@ from ptq4vit_plugin.integrations.nncf.decompose import (
     is_decomposed,
     needs_decomposing,
 )
+from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps, is_wrapped
 from ptq4vit_plugin.integrations.nncf.passes import run
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 
@@ -53,7 +54,8 @@ def bare(model: nn.Module) -> nn.Module:
     ------
     ModelError
         It is a scripted or traced model, whose calls Python does not see, or a child of it is, or
-        is compiled by itself.
+        is compiled by itself; or a child has hooks of its own, which those of a model around it
+        undo.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: {type(model).__name__} is not a torch.nn.Module")
@@ -71,5 +73,10 @@ def bare(model: nn.Module) -> nn.Module:
             raise ModelError(
                 f"model: '{name}' is a scripted or compiled module, in which ops cannot be hooked; "
                 "give the model with the torch.nn.Module it was made from"
+            )
+        if isinstance(child, ReplacedOps) or (name and is_wrapped(child)):
+            raise ModelError(
+                f"model: '{name or type(child).__name__}' is quantized already; allowed: a model "
+                "of float modules only"
             )
     return model
