@@ -376,6 +376,21 @@ def test_a_quantized_part_of_a_model_is_refused_by_name(model, quantized, inside
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
+@pytest.mark.parametrize("memory_budget", [None, 1e-5])
+def test_gradient_checkpointing_changes_nothing(memory_budget):
+    model = small_vit(depth=2)
+    expected = ptq.quantize(model, images(1), short())
+    model.set_grad_checkpointing(True)
+    result = ptq.quantize(model, images(1), short(memory_budget=memory_budget))
+    assert model.grad_checkpointing
+    assert all(torch.equal(value, scales(expected)[key]) for key, value in scales(result).items())
+    gradients = []
+    for each in (expected, result):
+        each.train()(images(1)[0]).square().sum().backward()
+        gradients.append(each.blocks[0].attn.qkv.weight.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 def test_zero_gradient_is_an_error():
     model = small_vit()
     with torch.no_grad():

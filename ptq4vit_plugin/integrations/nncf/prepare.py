@@ -19,7 +19,8 @@ from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 
 
 def prepare(model: nn.Module, batch: Batch) -> list[str]:
-    """Turn off timm's fused attention and take apart the calls that hide products.
+    """Turn off timm's fused attention and gradient checkpointing, and take apart the calls that
+    hide products.
 
     A model for which this was done before stays as it is.
 
@@ -41,6 +42,10 @@ def prepare(model: nn.Module, batch: Batch) -> list[str]:
         The model cannot take the images.
     """
     switched = unfuse_attention(model)
+    for module in model.modules():
+        # Checkpointing runs blocks again in the backward pass, where no hook runs.
+        if getattr(module, "grad_checkpointing", False):
+            module.grad_checkpointing = False
     image = batch.of(torch.tensor([0]))
     if not is_decomposed(model) and needs_decomposing(model, lambda: run(model, image)):
         decompose(model)
