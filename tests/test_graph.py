@@ -8,6 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import ptq4vit_plugin as ptq
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
@@ -341,6 +342,13 @@ def test_left_out_convolutions_have_macs():
         ("addmv", 8, lambda a, w: a + torch.addmv(a[:, 0], a, w[0])[:, None]),
         ("_sparse_mm", 64, lambda a, w: torch.sparse.mm(a, w)),
         ("inner", 64, lambda a, w: torch.inner(a, w)),
+        ("linear", 64, lambda a, w: torch.ops.aten.linear.default(a, w)),
+        ("matmul", 64, lambda a, w: torch.ops.aten.matmul.default(a, w)),
+        ("matmul", 64, lambda a, w: torch.ops.aten.mm.default(a, w)),
+        ("gru_cell", 0, lambda a, w: nn.GRUCell(8, 8)(a)),
+        ("rnn_tanh_cell", 0, lambda a, w: nn.RNNCell(8, 8)(a)),
+        ("rnn_relu_cell", 0, lambda a, w: nn.RNNCell(8, 8, nonlinearity="relu")(a)),
+        ("lstm_cell", 0, lambda a, w: nn.LSTMCell(8, 8)(a)[0]),
     ],
 )
 def test_products_that_are_not_quantized_are_listed(kind, macs, function):
@@ -355,6 +363,28 @@ def test_products_that_are_not_quantized_are_listed(kind, macs, function):
     found, left_out = find_ops(hooks.trace(Product(), torch.randn(2, 8)), 2)
     assert [op.name for op in found] == ["linear/linear/0"]
     assert [(op.kind, op.macs) for op in left_out] == [(kind, macs)]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_images_are_an_argument_that_forward_names(named):
+    class Star(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, *args, scale=None):
+            return self.linear(args[0])
+
+    class Named(Star):
+        def forward(self, x):
+            return super().forward(x)
+
+    x = torch.randn(2, 8)
+    if named:
+        assert [op.name for op in plan(Named(), x).ops] == ["linear/linear/0"]
+        return
+    with pytest.raises(ModelError, match=r"^model: none of .* names is a tensor.*forward\(self, x"):
+        plan(Star(), x)
 
 
 def test_every_spelling_of_a_matrix_product_is_found():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFGraphEdge, NNCFNode
 
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf.heads import head_dimension
 from ptq4vit_plugin.integrations.nncf.hooks import is_factor
 from ptq4vit_plugin.plan import FoundOp, LeftOut, OpKind, Source
@@ -83,6 +84,10 @@ NOT_QUANTIZED = {
     "rnn_relu": "recurrent layers are not supported",
     "gru": "recurrent layers are not supported",
     "lstm": "recurrent layers are not supported",
+    "rnn_tanh_cell": "recurrent layers are not supported",
+    "rnn_relu_cell": "recurrent layers are not supported",
+    "gru_cell": "recurrent layers are not supported",
+    "lstm_cell": "recurrent layers are not supported",
     # Left only where the model was not prepared, see `decompose`.
     "conv1d": "1-D convolutions are quantized as 2-D ones, after preparing the model",
     "addmm": "addmm carries its bias as port 0",
@@ -117,11 +122,23 @@ def find_ops(
     -------
     found, left_out
         Ops that can be quantized, and those that cannot, with the reason.
+
+    Raises
+    ------
+    ModelError
+        No argument that forward names is a tensor; NNCF follows no other.
     """
     found, left_out = [], []
     from_image = _from_image(graph)
+    if not from_image:
+        raise ModelError(
+            "model: none of the arguments that its forward names is a tensor, so no op can be "
+            "followed from the images; allowed: forward(self, x), not *args, **kwargs or a "
+            "collection of tensors"
+        )
     for node in graph.topological_sort():
-        kind = _kind(node)
+        overload = node.node_type.endswith(".default")
+        kind = _kind(node.node_type.removesuffix(".default"))
         if kind is None:
             if node.node_type in NOT_QUANTIZED:
                 left_out.append(
@@ -136,15 +153,18 @@ def find_ops(
         op = _describe(graph, node, kind, batch_size, from_image, buffers)
         if isinstance(op, LeftOut):
             left_out.append(op)
+        elif overload:
+            reason = "called as an overload of torch.ops, not as a function of torch"
+            left_out.append(LeftOut(name=op.name, kind=kind, reason=reason, macs=op.macs))
         else:
             found.append(op)
     return found, left_out
 
 
-def _kind(node: NNCFNode) -> OpKind | None:
-    if node.node_type in ("linear", "conv2d"):
-        return node.node_type
-    return "matmul" if node.node_type in PRODUCTS else None
+def _kind(function: str) -> OpKind | None:
+    if function in ("linear", "conv2d"):
+        return function
+    return "matmul" if function in PRODUCTS else None
 
 
 def _from_image(graph: NNCFGraph) -> set[int]:
