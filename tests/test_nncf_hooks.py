@@ -107,6 +107,18 @@ def test_threads_that_share_a_model_get_its_output(kind):
     assert all(torch.equal(output, expected) for output in outputs)
 
 
+@pytest.mark.parametrize(
+    "around", [lambda model: model, lambda model: hooks.ReplacedOps(model, {})]
+)
+def test_a_hooked_model_can_be_compiled(around):
+    model = hooks.wrap(Chain(nn.Linear(4, 4), nn.Linear(4, 3)))
+    hooks.insert(model, "1/linear/0", 0, _Double())
+    x = torch.randn(5, 4)
+    first, last = model.layers
+    compiled = torch.compile(around(model), backend="eager")
+    assert torch.equal(compiled(x), last(2 * first(x)))
+
+
 def test_nncf_checkpoint_format_takes_our_hooks():
     """`nncf.torch.get_config` lists hooks under names that `load_from_config` puts back."""
     import nncf

@@ -7,7 +7,7 @@ Everything the plugin needs of ``nncf.torch.function_hook`` goes through this mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock, get_ident
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -84,8 +84,10 @@ class _PassingStorage(HookStorage):
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
-def _alone(model: nn.Module) -> RLock:
-    """What a thread holds while it runs a model with hooks."""
+def _alone(model: nn.Module) -> AbstractContextManager[Any]:
+    """What a thread holds while it runs a model with hooks; `torch.compile` cannot trace locks."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
     return _LOCKS.setdefault(model, RLock())
 
 
@@ -110,8 +112,8 @@ class _OneAtATime(ForwardWithHooks):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         storage = get_hook_storage(self.model)
-        if storage.is_empty():
-            return self.orig_forward(*args, **kwargs)
+        if storage.is_empty() or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
         with _alone(self.model), _OwnThreadMode(self.model, storage) as mode:
             args, kwargs = mode.process_model_inputs(args, kwargs)
             return mode.process_model_outputs(self.orig_forward(*args, **kwargs))
