@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,11 +69,19 @@ def read_header(path: Path, key: str, kind: str, schema: type[Header]) -> Header
 
 
 def match_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the tensors of hooks the types they were saved in: NNCF makes them in float32, also a
-    factor of a model in half precision."""
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name.startswith("__nncf") and name in state:
-            value.data = value.data.to(state[name].dtype)
+    """Give a model's tensors the types they were saved in.
+
+    Recipes build models in float32, and NNCF makes hooks in it. Buffers that are not saved go with
+    the others where the model was cast.
+    """
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    types = {name: value.dtype for name, value in state.items()}
+    own = [n for n, x in tensors.items() if x.is_floating_point() and not n.startswith("__nncf")]
+    cast = next((types[n] for n in own if n in types and types[n] != tensors[n].dtype), None)
+    if cast is not None:
+        types = dict.fromkeys(own, cast) | types
+    for name, value in tensors.items():
+        value.data = value.data.to(types.get(name, value.dtype))
 
 
 def architecture(path: Path, recipe: Recipe | None, model: nn.Module | None) -> nn.Module:

@@ -1,5 +1,6 @@
 """Saving and loading: bit-identical logits, and one clear line for every file that is not right."""
 
+import copy
 import json
 import math
 import resource
@@ -18,6 +19,7 @@ from torch import nn
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.checkpoint import FORMAT_VERSION
 from ptq4vit_plugin.errors import CheckpointError, PTQ4ViTError
+from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.record import TwinTrial, attach, record_of
 
 RECIPE = {"name": "vit_tiny_patch16_224", "args": {**ARGS, "depth": 1}}
@@ -87,6 +89,49 @@ def test_other_families(name, args, tmp_path):
     fresh = nncf.torch.load_from_config(fresh, config, allowed_modules=ALLOWED)
     fresh.load_state_dict(result.state_dict())
     assert torch.equal(fresh.eval()(x), result(x))
+
+
+class _Shifted(nn.Module):
+    """Adds what it keeps in a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+        self.register_buffer("shift", torch.arange(8) / 3, persistent=False)
+
+    def forward(self, x):
+        x = self.norm(self.linear(x.flatten(2)) + self.shift).mean(1)
+        return self.head(x.to(self.head.bias.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["simulated", "integer"])
+def test_types_are_those_of_the_model_that_was_saved(dtype, kind, tmp_path):
+    def saved(model, x):
+        result = ptq.quantize(model, [x], {"algorithm": "ptq4vit", "rounds": 1})
+        path = tmp_path / "model.safetensors"
+        if kind == "simulated":
+            return result, ptq.save(result, path)
+        ptq.export(result, path, "integer", example_input=[x])
+        return result, path
+
+    (x,) = images(1)
+    x = x.to(dtype)
+    built = create(Recipe(**RECIPE)).to(dtype)
+    result, path = saved(built, x)
+    again = ptq.load(path)
+    assert {p.dtype for p in again.parameters() if p.is_floating_point()} >= {dtype}
+    # Into a model that has the types already, nothing but values is loaded.
+    reference = result if kind == "simulated" else ptq.load(path, small_vit().to(dtype))
+    assert torch.equal(again(x), reference(x)) and again(x).dtype == dtype
+
+    x = torch.randn(5, 3, 4, 4).to(dtype)
+    model = _Shifted().to(dtype)
+    model.head.float()
+    result, path = saved(model, x)
+    again = ptq.load(path, _Shifted())
+    reference = result if kind == "simulated" else ptq.load(path, copy.deepcopy(model))
+    assert torch.equal(again(x), reference(x))
 
 
 def test_the_description_is_saved_with_the_model(quantized, saved):

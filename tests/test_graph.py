@@ -3,14 +3,18 @@
 import pytest
 import timm
 import torch
+from models import sqnr
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import ptq4vit_plugin as ptq
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 from ptq4vit_plugin.pipeline import plan
 from ptq4vit_plugin.plan import Source
+from ptq4vit_plugin.record import record_of
 
 SMALL = {
     "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, depth=2)),
@@ -274,6 +278,29 @@ def test_what_no_image_reaches_is_left_out():
     assert "no image" in left_out[0].reason
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.long])
+def test_products_of_numbers_that_have_no_quantizer_stay_as_they_are(dtype):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.register_buffer("matrix", torch.ones(16, 16).triu().to(dtype))
+
+        def forward(self, x):
+            x = self.first(x)
+            product = (10 * x).to(dtype) @ self.matrix
+            return self.last(x + product.real / 10 if dtype.is_complex else x + product / 10)
+
+    torch.manual_seed(0)
+    model, x = Product().eval(), torch.randn(4, 5, 8)
+    quantized = ptq.quantize(model, [x], {"algorithm": "ptq4vit", "rounds": 1})
+    chosen = record_of(quantized).plan
+    assert [op.name for op in chosen.ops] == ["first/linear/0", "last/linear/0"]
+    assert [(op.name, op.macs) for op in chosen.left_out] == [("/matmul/0", 5 * 16 * 16)]
+    assert str(dtype).removeprefix("torch.") in chosen.left_out[0].reason
+    assert sqnr(model(x), quantized(x)) > 25
+
+
 def test_a_gated_product_is_no_activation_output():
     class Gated(nn.Module):
         def __init__(self):
@@ -315,6 +342,13 @@ def test_left_out_convolutions_have_macs():
         ("addmv", 8, lambda a, w: a + torch.addmv(a[:, 0], a, w[0])[:, None]),
         ("_sparse_mm", 64, lambda a, w: torch.sparse.mm(a, w)),
         ("inner", 64, lambda a, w: torch.inner(a, w)),
+        ("linear", 64, lambda a, w: torch.ops.aten.linear.default(a, w)),
+        ("matmul", 64, lambda a, w: torch.ops.aten.matmul.default(a, w)),
+        ("matmul", 64, lambda a, w: torch.ops.aten.mm.default(a, w)),
+        ("gru_cell", 0, lambda a, w: nn.GRUCell(8, 8)(a)),
+        ("rnn_tanh_cell", 0, lambda a, w: nn.RNNCell(8, 8)(a)),
+        ("rnn_relu_cell", 0, lambda a, w: nn.RNNCell(8, 8, nonlinearity="relu")(a)),
+        ("lstm_cell", 0, lambda a, w: nn.LSTMCell(8, 8)(a)[0]),
     ],
 )
 def test_products_that_are_not_quantized_are_listed(kind, macs, function):
@@ -329,6 +363,28 @@ def test_products_that_are_not_quantized_are_listed(kind, macs, function):
     found, left_out = find_ops(hooks.trace(Product(), torch.randn(2, 8)), 2)
     assert [op.name for op in found] == ["linear/linear/0"]
     assert [(op.kind, op.macs) for op in left_out] == [(kind, macs)]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_images_are_an_argument_that_forward_names(named):
+    class Star(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, *args, scale=None):
+            return self.linear(args[0])
+
+    class Named(Star):
+        def forward(self, x):
+            return super().forward(x)
+
+    x = torch.randn(2, 8)
+    if named:
+        assert [op.name for op in plan(Named(), x).ops] == ["linear/linear/0"]
+        return
+    with pytest.raises(ModelError, match=r"^model: none of .* names is a tensor.*forward\(self, x"):
+        plan(Star(), x)
 
 
 def test_every_spelling_of_a_matrix_product_is_found():

@@ -1,8 +1,12 @@
 """The part of NNCF that is not public API is still where, and what, this plugin thinks it is."""
 
 import ast
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -74,6 +78,45 @@ def test_watching_sees_values_and_leaves_no_trace():
     assert torch.equal(seen["input"], x)
     assert torch.equal(seen["output"], plain) and torch.equal(watched, plain)
     assert list(hooks.hooks(model)) == []
+
+
+@pytest.fixture
+def busy_threads():
+    """Threads that take turns as often as Python lets them."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("busy_threads")
+@pytest.mark.parametrize("kind", ["hooked", "replaced", "copied"])
+def test_threads_that_share_a_model_get_its_output(kind):
+    model = hooks.wrap(Chain(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3)))
+    hooks.insert(model, "2/linear/0", 0, _Double())
+    x = torch.randn(5, 4)
+    first, gelu, last = model.layers
+    expected = last(2 * gelu(first(x)))
+    called = {
+        "hooked": lambda: model,
+        "replaced": lambda: hooks.ReplacedOps(model, {}),
+        "copied": lambda: copy.deepcopy(model),
+    }[kind]()
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(called, [x] * 40))
+    assert all(torch.equal(output, expected) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    "around", [lambda model: model, lambda model: hooks.ReplacedOps(model, {})]
+)
+def test_a_hooked_model_can_be_compiled(around):
+    model = hooks.wrap(Chain(nn.Linear(4, 4), nn.Linear(4, 3)))
+    hooks.insert(model, "1/linear/0", 0, _Double())
+    x = torch.randn(5, 4)
+    first, last = model.layers
+    compiled = torch.compile(around(model), backend="eager")
+    assert torch.equal(compiled(x), last(2 * first(x)))
 
 
 def test_nncf_checkpoint_format_takes_our_hooks():

@@ -361,6 +361,36 @@ def test_a_quantized_model_is_not_quantized_again(quantized, algorithm):
         ptq.quantize(quantized, images(1), short(algorithm))
 
 
+@pytest.mark.parametrize("inside", ["simulated", "integer", "integer itself"])
+def test_a_quantized_part_of_a_model_is_refused_by_name(model, quantized, inside, tmp_path):
+    part = quantized
+    if inside != "simulated":
+        path = tmp_path / "model.safetensors"
+        ptq.export(quantized, path, "integer", example_input=images(1))
+        part = ptq.load(path, small_vit())
+    whole = part if inside == "integer itself" else nn.Sequential(nn.Identity(), part)
+    named = "ReplacedOps" if whole is part else "1"
+    for act in (plan, lambda *args: ptq.quantize(args[0], [args[1]], args[2])):
+        with pytest.raises(ModelError, match=f"^model: '{named}' is quantized already; allowed"):
+            act(whole, images(1)[0], short())
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("memory_budget", [None, 1e-5])
+def test_gradient_checkpointing_changes_nothing(memory_budget):
+    model = small_vit(depth=2)
+    expected = ptq.quantize(model, images(1), short())
+    model.set_grad_checkpointing(True)
+    result = ptq.quantize(model, images(1), short(memory_budget=memory_budget))
+    assert model.grad_checkpointing
+    assert all(torch.equal(value, scales(expected)[key]) for key, value in scales(result).items())
+    gradients = []
+    for each in (expected, result):
+        each.train()(images(1)[0]).square().sum().backward()
+        gradients.append(each.blocks[0].attn.qkv.weight.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 def test_zero_gradient_is_an_error():
     model = small_vit()
     with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFGraphEdge, NNCFNode
 
+from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf.heads import head_dimension
 from ptq4vit_plugin.integrations.nncf.hooks import is_factor
 from ptq4vit_plugin.plan import FoundOp, LeftOut, OpKind, Source
@@ -83,6 +84,10 @@ NOT_QUANTIZED = {
     "rnn_relu": "recurrent layers are not supported",
     "gru": "recurrent layers are not supported",
     "lstm": "recurrent layers are not supported",
+    "rnn_tanh_cell": "recurrent layers are not supported",
+    "rnn_relu_cell": "recurrent layers are not supported",
+    "gru_cell": "recurrent layers are not supported",
+    "lstm_cell": "recurrent layers are not supported",
     # Left only where the model was not prepared, see `decompose`.
     "conv1d": "1-D convolutions are quantized as 2-D ones, after preparing the model",
     "addmm": "addmm carries its bias as port 0",
@@ -117,11 +122,23 @@ def find_ops(
     -------
     found, left_out
         Ops that can be quantized, and those that cannot, with the reason.
+
+    Raises
+    ------
+    ModelError
+        No argument that forward names is a tensor; NNCF follows no other.
     """
     found, left_out = [], []
     from_image = _from_image(graph)
+    if not from_image:
+        raise ModelError(
+            "model: none of the arguments that its forward names is a tensor, so no op can be "
+            "followed from the images; allowed: forward(self, x), not *args, **kwargs or a "
+            "collection of tensors"
+        )
     for node in graph.topological_sort():
-        kind = _kind(node)
+        overload = node.node_type.endswith(".default")
+        kind = _kind(node.node_type.removesuffix(".default"))
         if kind is None:
             if node.node_type in NOT_QUANTIZED:
                 left_out.append(
@@ -136,15 +153,18 @@ def find_ops(
         op = _describe(graph, node, kind, batch_size, from_image, buffers)
         if isinstance(op, LeftOut):
             left_out.append(op)
+        elif overload:
+            reason = "called as an overload of torch.ops, not as a function of torch"
+            left_out.append(LeftOut(name=op.name, kind=kind, reason=reason, macs=op.macs))
         else:
             found.append(op)
     return found, left_out
 
 
-def _kind(node: NNCFNode) -> OpKind | None:
-    if node.node_type in ("linear", "conv2d"):
-        return node.node_type
-    return "matmul" if node.node_type in PRODUCTS else None
+def _kind(function: str) -> OpKind | None:
+    if function in ("linear", "conv2d"):
+        return function
+    return "matmul" if function in PRODUCTS else None
 
 
 def _from_image(graph: NNCFGraph) -> set[int]:
@@ -168,7 +188,8 @@ def _describe(
     buffers: Collection[str],
 ) -> FoundOp | LeftOut:
     edges = {edge.input_port_id: edge for edge in graph.get_input_edges(node)}
-    shapes = _operand_shapes(node)
+    operands = _operands(node)
+    shapes = {port: tuple(operand.shape) for port, operand in enumerate(operands)}
     output_shape = _output_shape(graph, node, kind, shapes)
     inner = shapes[0][-1] if kind == "matmul" else prod(shapes[1][1:])
     macs = prod(output_shape) * inner // batch_size
@@ -190,6 +211,10 @@ def _describe(
     }
     if not varying:
         return left_out("depends on no image; it is a constant that exporters fold")
+    others = [operand.dtype for operand in operands if not operand.dtype.is_floating_point]
+    if others:
+        kind_of_number = str(others[0]).removeprefix("torch.")
+        return left_out(f"its numbers are {kind_of_number}, not real floating-point ones")
     if kind != "matmul":
         if 1 in varying:
             return left_out("its weight depends on the image")
@@ -223,11 +248,10 @@ def _parameter(edge: NNCFGraphEdge | None, buffers: Collection[str]) -> str | No
     return None if name in buffers else name
 
 
-def _operand_shapes(node: NNCFNode) -> dict[int, tuple[int, ...]]:
-    """Shapes of the tensors at input ports 0 and 1, numbered as NNCF does."""
+def _operands(node: NNCFNode) -> tuple[Any, Any]:
+    """What NNCF noted, type and shape, of the tensors at input ports 0 and 1 as it numbers them."""
     attributes = node.layer_attributes
-    values = (*attributes.op_args, *attributes.op_kwargs.values())
-    return {port: tuple(value.shape) for port, value in enumerate(values[:2])}
+    return (*attributes.op_args, *attributes.op_kwargs.values())[:2]
 
 
 def _output_shape(
@@ -262,11 +286,11 @@ def _hidden_macs(graph: NNCFGraph, node: NNCFNode) -> int:
         return prod(outputs[0].tensor_shape) * left[-1]
     if not node.node_type.startswith("conv"):
         return 0
-    shapes = _operand_shapes(node)
+    images, kernel = _operands(node)
     # A transposed convolution spreads every input number over the kernel, an ordinary one gathers
     # the kernel for every output number.
     spread = "transpose" in node.node_type or not outputs
-    return prod(shapes[0] if spread else outputs[0].tensor_shape) * prod(shapes[1][1:])
+    return prod(images.shape if spread else outputs[0].tensor_shape) * prod(kernel.shape[1:])
 
 
 def source_of(graph: NNCFGraph, node: NNCFNode) -> Source:

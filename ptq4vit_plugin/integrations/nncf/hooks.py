@@ -7,8 +7,10 @@ Everything the plugin needs of ``nncf.torch.function_hook`` goes through this mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock, get_ident
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import nncf
 import torch
@@ -29,7 +31,12 @@ from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import (
     GraphModelWrapper,
     build_nncf_graph,
 )
-from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE, get_hook_storage, is_wrapped
+from nncf.torch.function_hook.wrapper import (
+    ATR_HOOK_STORAGE,
+    ForwardWithHooks,
+    get_hook_storage,
+    is_wrapped,
+)
 from nncf.torch.quantization.layers import SQMultiply
 from torch import Tensor, nn
 
@@ -73,10 +80,51 @@ class _PassingStorage(HookStorage):
         return x
 
 
+#: By model. NNCF notes in a model's modules which forward runs, so one runs at a time.
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+def _alone(model: nn.Module) -> AbstractContextManager[Any]:
+    """What a thread holds while it runs a model with hooks; `torch.compile` cannot trace locks."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return _LOCKS.setdefault(model, RLock())
+
+
+class _OwnThreadMode(FunctionHookMode):
+    """NNCF's own mode, which does not note calls of the model by threads that wait for it."""
+
+    def __init__(self, model: nn.Module, hook_storage: HookStorage) -> None:
+        super().__init__(model, hook_storage)
+        self.thread = get_ident()
+
+    def push_module_call_stack(self, module: nn.Module) -> None:
+        if get_ident() == self.thread:
+            super().push_module_call_stack(module)
+
+    def pop_module_call_stack(self) -> None:
+        if get_ident() == self.thread:
+            super().pop_module_call_stack()
+
+
+class _OneAtATime(ForwardWithHooks):
+    """NNCF's forward, for a model that several threads call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        storage = get_hook_storage(self.model)
+        if storage.is_empty() or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with _alone(self.model), _OwnThreadMode(self.model, storage) as mode:
+            args, kwargs = mode.process_model_inputs(args, kwargs)
+            return mode.process_model_outputs(self.orig_forward(*args, **kwargs))
+
+
 def wrap(model: nn.Module) -> nn.Module:
     """Let NNCF's hooks run in the model's forward; the model itself is returned."""
     if not is_wrapped(model):
         wrap_model(model)
+        forward = model.__dict__.pop("forward").orig_forward
+        model.forward = _OneAtATime(model, forward)
         if isinstance(model, (nn.Sequential, nn.ModuleDict, nn.ModuleList)):
             setattr(model, ATR_HOOK_STORAGE, _PassingStorage())
     return model
@@ -232,7 +280,8 @@ class ReplacedOps(nn.Module):
         """Run the model."""
         storage = get_hook_storage(self.model) if is_wrapped(self.model) else HookStorage()
         forward = forward_of(self.model)
-        with _ReplacingMode(self.model, storage, self.named_ops()) as mode:
+        ops = self.named_ops()
+        with _alone(self.model), _ReplacingMode(self.model, storage, ops) as mode:
             args, kwargs = mode.process_model_inputs(args, kwargs)
             return mode.process_model_outputs(forward(*args, **kwargs))
 

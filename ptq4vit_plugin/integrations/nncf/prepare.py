@@ -13,12 +13,14 @@ from ptq4vit_plugin.integrations.nncf.decompose import (
     is_decomposed,
     needs_decomposing,
 )
+from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps, is_wrapped
 from ptq4vit_plugin.integrations.nncf.passes import run
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 
 
 def prepare(model: nn.Module, batch: Batch) -> list[str]:
-    """Turn off timm's fused attention and take apart the calls that hide products.
+    """Turn off timm's fused attention and gradient checkpointing, and take apart the calls that
+    hide products.
 
     A model for which this was done before stays as it is.
 
@@ -40,6 +42,10 @@ def prepare(model: nn.Module, batch: Batch) -> list[str]:
         The model cannot take the images.
     """
     switched = unfuse_attention(model)
+    for module in model.modules():
+        # Checkpointing runs blocks again in the backward pass, where no hook runs.
+        if getattr(module, "grad_checkpointing", False):
+            module.grad_checkpointing = False
     image = batch.of(torch.tensor([0]))
     if not is_decomposed(model) and needs_decomposing(model, lambda: run(model, image)):
         decompose(model)
@@ -53,7 +59,8 @@ def bare(model: nn.Module) -> nn.Module:
     ------
     ModelError
         It is a scripted or traced model, whose calls Python does not see, or a child of it is, or
-        is compiled by itself.
+        is compiled by itself; or a child has hooks of its own, which those of a model around it
+        undo.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: {type(model).__name__} is not a torch.nn.Module")
@@ -71,5 +78,10 @@ def bare(model: nn.Module) -> nn.Module:
             raise ModelError(
                 f"model: '{name}' is a scripted or compiled module, in which ops cannot be hooked; "
                 "give the model with the torch.nn.Module it was made from"
+            )
+        if isinstance(child, ReplacedOps) or (name and is_wrapped(child)):
+            raise ModelError(
+                f"model: '{name or type(child).__name__}' is quantized already; allowed: a model "
+                "of float modules only"
             )
     return model
