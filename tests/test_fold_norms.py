@@ -1,5 +1,7 @@
 """Exact folds: the float logits stay, and rescaled copies of a model fold to the same model."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -155,6 +157,34 @@ def test_what_the_model_returns_itself_stays(inside, container):
     for found, wanted in zip(tensors_of(net(x)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.equal(net.norm2.weight, weight)  # the other norm is folded
+
+
+class Masked(torch.nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.proj = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        torch.nn.init.normal_(self.qkv.bias)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("alone", [0, 2])
+@torch.no_grad()
+def test_tokens_that_may_attend_to_nothing(dtype, alone):
+    seen = torch.arange(6)[:, None] >= alone
+    mask = seen.expand(6, 6) if dtype == torch.bool else torch.zeros(6, 6).where(seen, -torch.inf)
+    net, x = Masked(mask).eval(), torch.randn(4, 6, 16)
+    expected, proj = net(x), copy.deepcopy(net.proj)
+    FoldNorms().fold(net, batches([x]))
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(net.proj.weight, proj.weight)
+    assert torch.equal(net.proj.bias, proj.bias) == (alone > 0)  # it takes up a shift of values
 
 
 @torch.no_grad()

@@ -166,13 +166,17 @@ def attention_paths(
             weighted.append((product, right, ops[consumers[0]]))
             ports[product.name] = [(consumers[0], 0)]
     counting = {product.name: _count_heads for product, _, _ in weighted}
-    arrived = _run(model, batch, counting, [(linear.name, 0) for _, _, linear in weighted])
+    watched = [(op.name, 0) for product, _, linear in weighted for op in (product, linear)]
+    arrived = _run(model, batch, counting, watched)
     values = []
     for product, right, projection in weighted:
         columns = _columns(product, arrived.get((projection.name, 0)))
         if columns is not None:
+            # A row that a mask leaves nothing of has a sum of zero.
+            sums = arrived[product.name, 0].double().sum(-1)
             shift = (
                 product.sources[0].kind == "softmax"
+                and bool(((sums - 1).abs() < 0.01).all())
                 and right.linear.bias is not None
                 and projection.bias is not None
             )
