@@ -22,8 +22,9 @@ def run(model: nn.Module, batch: Batch) -> Any:
     DataError
         The model cannot take the images.
     """
+    own = batch.copied()
     with taken_by_the_model(batch):
-        return model(*batch.args, **batch.kwargs)
+        return model(*own.args, **own.kwargs)
 
 
 @contextmanager
@@ -31,13 +32,16 @@ def taken_by_the_model(batch: Batch) -> Iterator[None]:
     """Turn what a model raises on images that it cannot take into a `DataError`."""
     try:
         yield
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         if isinstance(error, PTQ4ViTError):
             raise
-        shapes = [
-            tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)
-        ]
+        shapes = [tuple(value.shape) for value in batch.tensors]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, TypeError) and batch.labels is not None:
+            reason += (
+                "; the integers beside the images are taken as labels: "
+                "give a dict of arguments where the model takes them"
+            )
         raise DataError(
             f"the model cannot take calibration images of shape {shapes}: {reason}"
         ) from error
