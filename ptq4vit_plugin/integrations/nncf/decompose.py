@@ -50,7 +50,7 @@ def attention(
         weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1)
         weights = weights.masked_fill(~attn_mask, 0)
     else:
-        nothing = attn_mask.isneginf().all(-1, keepdim=True)
+        nothing = attn_mask.amax(-1, keepdim=True) == -torch.inf
         weights = (scores + attn_mask.masked_fill(nothing, 0)).softmax(-1)
         weights = weights.masked_fill(nothing, 0)
     if dropout_p:
