@@ -37,7 +37,7 @@ def taken_by_the_model(batch: Batch) -> Iterator[None]:
             raise
         shapes = [tuple(value.shape) for value in batch.tensors]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, TypeError) and batch.labels is not None:
+        if isinstance(error, TypeError) and len(batch.args) == 1 and batch.labels is not None:
             reason += (
                 "; the integers beside the images are taken as labels: "
                 "give a dict of arguments where the model takes them"
