@@ -29,6 +29,7 @@ from ptq4vit_plugin.record import TrialRecord, attach, record_of
 Step = tuple[type[BaseModel], dict[str, Any]]
 
 
+@torch.inference_mode(False)  # in which autograd records nothing
 def quantize(
     model: nn.Module,
     calibration_dataset: Any,

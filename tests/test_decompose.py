@@ -20,6 +20,9 @@ from ptq4vit_plugin.integrations.nncf.decompose import (
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 
+# The first queries may attend to nothing.
+NOTHING = torch.arange(5)[:, None] < 2
+
 
 @pytest.mark.parametrize(
     "arguments",
@@ -30,12 +33,23 @@ from ptq4vit_plugin.integrations.nncf.prepare import prepare
         {"attn_mask": torch.arange(35).reshape(5, 7) % 3 > 0},
         {"attn_mask": torch.arange(35).reshape(5, 7) > 13},  # the first queries see nothing
         {"attn_mask": torch.linspace(-2, 2, 70).reshape(2, 1, 5, 7)},
+        {"attn_mask": torch.linspace(-2, 2, 5)[:, None].masked_fill(NOTHING, -torch.inf)},
+        {
+            "attn_mask": torch.zeros(5, 7).masked_fill(
+                torch.arange(35).reshape(5, 7) < 9, -torch.inf
+            )
+        },
     ],
 )
 def test_attention_computes_what_torch_does(arguments):
-    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 6)
-    expected = F.scaled_dot_product_attention(q, k, v, **arguments)
-    torch.testing.assert_close(attention(q, k, v, **arguments), expected, rtol=1e-5, atol=1e-6)
+    shapes = (2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)
+    given = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    expected = F.scaled_dot_product_attention(*given, **arguments)
+    found = attention(*given, **arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    probe = torch.randn_like(expected)
+    of_torch, of_ours = (torch.autograd.grad(y, given, probe) for y in (expected, found))
+    torch.testing.assert_close(of_ours, of_torch, rtol=1e-4, atol=1e-5)
 
 
 def test_grouped_query_attention():
@@ -52,6 +66,8 @@ def test_grouped_query_attention():
         ("bnhv,dhv->bdn", (2, 3, 4, 5), (7, 4, 5)),
         ("nm,hnm->h", (2, 3), (4, 2, 3)),
         ("ij, jk -> ki", (2, 3), (3, 4)),
+        ("bnc,bcd->bnd", (2, 3, 4), (1, 4, 5)),  # of the one all items of the batch
+        ("bhnc,bhdc->hbdn", (1, 2, 3, 4), (6, 1, 5, 4)),
     ],
 )
 def test_contraction_computes_what_einsum_does(equation, left, right):
@@ -62,6 +78,10 @@ def test_contraction_computes_what_einsum_does(equation, left, right):
 @pytest.mark.parametrize("equation", ["ij,ij->ij", "ij,ij->", "ii,ij->j", "...j,jk->...k", "ij,jk"])
 def test_other_einsums_stay(equation):
     assert contraction(equation, torch.randn(3, 3), torch.randn(3, 3)) is NotImplemented
+
+
+def test_an_inner_index_of_one_that_is_repeated_stays():
+    assert contraction("ij,jk->ik", torch.randn(2, 1), torch.randn(3, 4)) is NotImplemented
 
 
 def test_convolution_and_added_product():

@@ -1,5 +1,7 @@
 """Exact folds: the float logits stay, and rescaled copies of a model fold to the same model."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -10,9 +12,10 @@ from ptq4vit_plugin.algorithms.folding.statistics import Channels
 from ptq4vit_plugin.algorithms.planning import make_plan
 from ptq4vit_plugin.algorithms.ptq4vit import PTQ4ViT
 from ptq4vit_plugin.errors import ModelError
-from ptq4vit_plugin.integrations.nncf import hooks
+from ptq4vit_plugin.integrations.nncf import channels, hooks
 from ptq4vit_plugin.integrations.nncf.batch import batches
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.nncf.passes import tensors_of
 
 SWIN = {"patch_size": 2, "depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4)}
 MODELS = {
@@ -109,6 +112,128 @@ def test_a_fold_that_is_not_exact_is_refused_and_undone(monkeypatch):
         with pytest.raises(ModelError, match="change by .* leave the step out"):
             FoldNorms().fold(net, batches([images]))
         assert torch.equal(net(images), expected)
+
+
+class Returns(torch.nn.Module):
+    """A norm and an attention whose own numbers are part of the result, in some container."""
+
+    def __init__(self, container):
+        super().__init__()
+        torch.manual_seed(0)
+        self.container = container
+        self.embed, self.norm = torch.nn.Linear(12, 16), torch.nn.LayerNorm(16)
+        self.qkv, self.proj = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.norm2, self.head = torch.nn.LayerNorm(16), torch.nn.Linear(16, 5)
+        with torch.no_grad():
+            for norm in (self.norm, self.norm2):
+                norm.weight.uniform_(0.1, 5)
+                norm.bias.normal_()
+
+    def forward(self, x):
+        y = self.norm(self.embed(x))
+        q, k, v = self.qkv(y).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2)
+        weighted = scores.softmax(-1) @ v
+        z = self.proj(weighted.transpose(1, 2).flatten(2))
+        logits = self.head(self.norm2(z)).mean(1)
+        return self.container(logits, {"norm": y, "q": q, "scores": scores, "weighted": weighted})
+
+
+@pytest.mark.parametrize("inside", ["norm", "q", "scores", "weighted"])
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda logits, inner: {"logits": logits, "inner": inner},
+        lambda logits, inner: (logits, [inner]),
+    ],
+)
+@torch.no_grad()
+def test_what_the_model_returns_itself_stays(inside, container):
+    net = Returns(lambda logits, inner: container(logits, inner[inside])).eval()
+    x = torch.randn(4, 6, 12)
+    expected = tensors_of(net(x))
+    weight = net.norm2.weight.clone()
+    FoldNorms().fold(net, batches([x]))
+    for found, wanted in zip(tensors_of(net(x)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(net.norm2.weight, weight)  # the other norm is folded
+
+
+class Masked(torch.nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.proj = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        torch.nn.init.normal_(self.qkv.bias)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("alone", [0, 2])
+@torch.no_grad()
+def test_tokens_that_may_attend_to_nothing(dtype, alone):
+    seen = torch.arange(6)[:, None] >= alone
+    mask = seen.expand(6, 6) if dtype == torch.bool else torch.zeros(6, 6).where(seen, -torch.inf)
+    net, x = Masked(mask).eval(), torch.randn(4, 6, 16)
+    expected, proj = net(x), copy.deepcopy(net.proj)
+    FoldNorms().fold(net, batches([x]))
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(net.proj.weight, proj.weight)
+    assert torch.equal(net.proj.bias, proj.bias) == (alone > 0)  # it takes up a shift of values
+
+
+@torch.no_grad()
+def test_a_fold_that_changes_another_output_is_refused(monkeypatch):
+    monkeypatch.setattr(channels, "used_elsewhere", lambda *_: set())
+    net, x = (
+        Returns(lambda y, inner: {"logits": y, "y": inner["norm"]}).eval(),
+        torch.randn(4, 6, 12),
+    )
+    with pytest.raises(ModelError, match="change by .* leave the step out"):
+        FoldNorms().fold(net, batches([x]))
+
+
+class Computed(torch.nn.Module):
+    """Linears behind a norm: one weight is computed, one is a slice, one is a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(16) for _ in range(3))
+        self.first = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(16, 16))
+        self.rows = torch.nn.Parameter(torch.randn(48, 16) / 4)
+        self.head = torch.nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = x + self.first(self.norms[0](x))
+        x = x + torch.nn.functional.linear(self.norms[1](x), self.rows[:16])
+        return self.head(self.norms[2](x))
+
+
+@torch.no_grad()
+def test_norms_in_front_of_computed_weights_stay():
+    net, x = Computed().eval(), torch.randn(4, 6, 16)
+    expected = net(x)
+    FoldNorms().fold(net, batches([x]))
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    changed = [not torch.equal(norm.weight, torch.ones(16)) for norm in net.norms]
+    assert changed == [False, False, True]
+
+
+@torch.no_grad()
+def test_attention_whose_weights_are_computed_stays():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    net = torch.nn.TransformerDecoder(layer, 1).eval()
+    x, memory = torch.randn(4, 5, 16), torch.randn(4, 6, 16)
+    expected = net(x, memory)
+    FoldNorms().fold(net, batches([(x, memory)]))
+    torch.testing.assert_close(net(x, memory), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

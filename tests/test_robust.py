@@ -2,6 +2,7 @@
 
 import copy
 
+import nncf
 import pytest
 import timm
 import torch
@@ -12,11 +13,15 @@ from torch import nn
 import ptq4vit_plugin
 from ptq4vit_plugin.algorithms.gradient import output_loss
 from ptq4vit_plugin.errors import DataError, ModelError
-from ptq4vit_plugin.integrations.nncf.batch import Batch
+from ptq4vit_plugin.integrations.nncf.batch import Batch, batches
+from ptq4vit_plugin.integrations.nncf.passes import tensors_of
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.pipeline import plan
+from ptq4vit_plugin.record import record_of
 
 SHORT = {"algorithm": "ptq4vit", "search_range": {"alpha": 0.5, "n": 3}, "rounds": 1}
+PLUS = SHORT | {"algorithm": "ptq4vit_plus"}
+RECON = SHORT | {"algorithm": "ptq4vit_recon", "reconstruct": {"iterations": 3, "finish": 3}}
 TINY = dict(img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=3, num_classes=10)
 
 
@@ -196,6 +201,186 @@ def test_a_wrapper_for_data_parallel_training(tmp_path):
 class Tokens(nn.Module):
     def forward(self, x):
         return x.flatten(2).transpose(1, 2)
+
+
+class Function(nn.Module):
+    """A small MLP on tokens, and any function of the scores and the arguments around it."""
+
+    def __init__(self, result, *, before=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.result = nn.Linear(12, 24), nn.Linear(24, 6), result
+        self.before = before
+
+    def forward(self, x, *rest, **named):
+        x = x if self.before is None else self.before(x)
+        return self.result(self.head(nn.functional.gelu(self.body(x))), *rest, **named)
+
+
+def tokens(count=8, seed=1):
+    return torch.randn(count, 5, 12, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("compression", [SHORT, PLUS])
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [
+        (lambda y: {"logits": y}, "output"),
+        (lambda y: {"logits": y.transpose(1, 2).unflatten(2, (5, 1))}, "output"),
+        (lambda y: {"logits": y[:, 0, 0]}, "output"),
+        (lambda y: {"loss": y.square().mean(), "scores": y.mean(1)}, "fisher"),
+        (lambda y: (y.square().mean(), y), "output"),
+    ],
+)
+def test_results_of_any_rank_are_weighed_by_what_they_are(result, kind, compression):
+    """As the same numbers are when the model returns nothing else, and by the gradient given."""
+    net = Function(result).eval()
+    plain = Function(lambda y: [x for x in tensors_of(result(y)) if x.ndim][0]).eval()
+    found = ptq4vit_plugin.quantize(net, [tokens()], compression)
+    kind = kind if compression is SHORT else "output"  # which the other weighs everything by
+    explicit = compression | {"gradient": {"kind": kind}}
+    expected = ptq4vit_plugin.quantize(plain, [tokens()], explicit)
+    with torch.no_grad():
+        (*_, found), expected = tensors_of(found(tokens())), expected(tokens())
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_single_number_is_no_output_of_an_image():
+    with pytest.raises(ModelError, match="single numbers only"):
+        ptq4vit_plugin.quantize(Function(lambda y: y.mean()).eval(), [tokens()], SHORT)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Function(lambda y: y.mean(1))
+
+    def forward(self, scale, x):
+        return self.inner(x * scale)
+
+
+@pytest.mark.parametrize("compression", [SHORT, PLUS])
+def test_a_number_in_front_of_the_images(compression):
+    factor = torch.tensor(0.5)
+    found = ptq4vit_plugin.quantize(Scaled().eval(), [(factor, tokens())], compression)
+    named = {"x": tokens(), "scale": factor}
+    expected = ptq4vit_plugin.quantize(Scaled().eval(), [named], compression)
+    with torch.no_grad():
+        assert torch.equal(found(factor, tokens()), expected(**named))
+    assert record_of(found).images == 8
+
+
+def stepped(y, t):
+    return y.mean(1) * (1 + t.float()[:, None])
+
+
+def test_an_integer_vector_that_is_an_argument():
+    model, t = Function(stepped).eval(), torch.arange(8)
+    named = [{"x": tokens(), "t": t}]
+    expected = ptq4vit_plugin.quantize(model, named, SHORT)
+    items = [{"pixels": tokens(), "step": t}]
+    dataset = nncf.Dataset(items, lambda item: (item["pixels"], item["step"]))
+    found = ptq4vit_plugin.quantize(model, dataset, SHORT)
+    with torch.no_grad():
+        assert torch.equal(found(tokens(), t), expected(tokens(), t))
+    assert noise(lambda x: model(x, t), lambda x: found(x, t), tokens()) < 0.01
+    for pair in ([(tokens(), t)], nncf.Dataset([(tokens(), t)])):
+        with pytest.raises(DataError, match=r"argument: 't'; .* taken as labels: give a dict"):
+            ptq4vit_plugin.quantize(model, pair, SHORT)
+
+
+def test_labels_of_a_shuffled_dataset_are_those_of_its_images():
+    x = tokens(12)
+    pairs = torch.utils.data.TensorDataset(x, x[:, 0, 0].gt(0).long())
+    loader = torch.utils.data.DataLoader(pairs, 4, shuffle=True)
+    for batch in batches(nncf.Dataset(loader, lambda item: item[0])):
+        assert torch.equal(batch.args[0][:, 0, 0].gt(0).long(), batch.labels)
+
+
+@pytest.mark.parametrize("data", [{"pixel_values": tokens()}, {"x": tokens(), "y": tokens()}])
+def test_arguments_that_the_model_does_not_have(data):
+    model = nn.Sequential(nn.Linear(12, 6)) if "y" in data else vit()
+    with pytest.raises(DataError, match="cannot take calibration images.*argument"):
+        ptq4vit_plugin.quantize(model, [data], SHORT)
+
+
+def in_place(x):
+    x -= 0.5
+    x /= 0.25
+    return x
+
+
+@pytest.mark.parametrize("compression", [SHORT, PLUS, RECON])
+def test_a_model_that_writes_into_its_images(compression):
+    data, kept = [tokens(), tokens(seed=2)], [tokens(), tokens(seed=2)]
+    writing = Function(lambda y: y.mean(1), before=in_place).eval()
+    other = Function(lambda y: y.mean(1), before=lambda x: (x - 0.5) / 0.25).eval()
+    found = ptq4vit_plugin.quantize(writing, data, compression)
+    assert all(map(torch.equal, data, kept))
+    expected = ptq4vit_plugin.quantize(other, kept, compression)
+    with torch.no_grad():
+        torch.testing.assert_close(found(tokens()), expected(tokens()), rtol=1e-6, atol=1e-6)
+
+
+def test_inference_mode():
+    model = vit()
+    with torch.no_grad():
+        expected = ptq4vit_plugin.quantize(model, [images()], SHORT)(images())
+    with torch.inference_mode():
+        made = images(), torch.tensor([0, 1, 2])
+        inside = ptq4vit_plugin.quantize(model, [made], SHORT)
+    for result in (inside, ptq4vit_plugin.quantize(model, [made], SHORT)):
+        with torch.no_grad():
+            assert torch.equal(result(images()), expected)
+        assert not any(value.is_inference() for value in result.state_dict().values())
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.head = nn.Linear(12, 36), nn.Linear(12, 6)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.head(y.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("compression", [SHORT, PLUS, RECON])
+def test_a_mask_of_minus_infinity(compression):
+    hidden = torch.arange(5).expand(5, 5) > 2
+    hidden[0] = True  # this token attends to nothing
+    mask = torch.zeros(8, 1, 5, 5).masked_fill(hidden, -torch.inf)
+    model = Masked().eval()
+    result = ptq4vit_plugin.quantize(model, [{"x": tokens(), "mask": mask}], compression)
+    assert noise(lambda x: model(x, mask), lambda x: result(x, mask), tokens()) < 0.01
+    for value in (torch.nan, torch.inf):
+        mask[0, 0, 0, 0] = value
+        with pytest.raises(DataError, match="NaN or infinite"):
+            ptq4vit_plugin.quantize(model, [(tokens(), mask)], compression)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        ptq4vit_plugin.quantize(model, [tokens() - torch.inf], compression)
+
+
+class Weighted(nn.Module):
+    """One matrix for all images, which einsum repeats."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(12, 24), nn.Linear(8, 6)
+        self.weight = nn.Parameter(torch.randn(1, 24, 8) / 5)
+
+    def forward(self, x):
+        return self.head(torch.einsum("bnc,bcd->bnd", self.body(x), self.weight))
+
+
+def test_an_einsum_with_one_matrix_for_all_images():
+    model = Weighted().eval()
+    result = ptq4vit_plugin.quantize(model, [tokens()], SHORT)
+    assert len(ptq4vit_plugin.describe(result)) == 3
+    assert noise(model, result, tokens(5, seed=4)) < 0.01
 
 
 def test_models_that_cannot_be_quantized():

@@ -30,7 +30,7 @@ from ptq4vit_plugin.integrations.nncf.channels import (
     unreached_linears,
 )
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.nncf.passes import outputs_of, run
+from ptq4vit_plugin.integrations.nncf.passes import run, tensors_of
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp
@@ -103,10 +103,10 @@ class FoldNorms(CalibratedAlgorithm, Folds):
         switched = prepare(module, first)
         graph = hooks.trace(module, first.example)
         found, _ = find_ops(graph, len(first), {name for name, _ in module.named_buffers()})
-        before = _output(module, first)
+        before = _outputs(module, first)
         kept = {name: value.clone() for name, value in module.named_parameters()}
-        norms = norm_paths(module, graph, found, first.example)
-        scores, values = attention_paths(module, graph, found, first.example)
+        norms = norm_paths(module, graph, found, first)
+        scores, values = attention_paths(module, graph, found, first)
         reached = {op.name for path in norms for op in path.consumers}
         reached |= {path.projection.name for path in values}
         smoothed = unreached_linears(graph, found, reached) if self.smooth else []
@@ -123,8 +123,7 @@ class FoldNorms(CalibratedAlgorithm, Folds):
             _fold_norm(module, path, measured)
         for op in smoothed:
             _smooth(module, op, measured[op.name, 0])
-        largest = before.abs().max().clamp_min(1e-300)  # an untrained head may give zeros only
-        change = (_output(module, first) - before).abs().max() / largest
+        change = torch.tensor(list(map(_change, before, _outputs(module, first)))).max()
         fuse_attention(module, switched)
         types = {p.dtype for p in module.parameters() if p.is_floating_point()}
         if not change <= max([TOLERANCE, *(STEPS * torch.finfo(dtype).eps for dtype in types)]):
@@ -139,8 +138,15 @@ class FoldNorms(CalibratedAlgorithm, Folds):
             )
 
 
-def _output(module: nn.Module, batch: Batch) -> Tensor:
-    return outputs_of(module, run(module, batch)).tensors[0].double()
+def _outputs(module: nn.Module, batch: Batch) -> list[Tensor]:
+    return [x.double() for x in tensors_of(run(module, batch)) if x.numel()]
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """The largest difference, relative to the largest finite number; NaN if there is one."""
+    difference = (after - before).masked_fill(after == before, 0).abs().max()  # as of infinities
+    largest = before.nan_to_num(0, 0, 0).abs().max()
+    return float(difference / largest.clamp_min(1e-300))  # an untrained head may give zeros only
 
 
 def _measure(
@@ -162,7 +168,7 @@ def _measure(
         inputs[op.name, 0] = Channels()
     with hooks.watching(module, inputs, {}):
         for batch in data:
-            _output(module, batch.to(module))
+            run(module, batch.to(module))
     return inputs
 
 

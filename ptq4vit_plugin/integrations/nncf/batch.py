@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import nncf
 import torch
 from torch import Tensor, nn
 
@@ -25,24 +26,40 @@ class Batch:
     first: int = 0
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The arguments that are tensors, in order."""
+        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+
+    @property
+    def images(self) -> Tensor:
+        """The first of its tensors; a single number is none."""
+        return next(v for v in self.tensors if v.ndim)
+
+    @property
     def example(self) -> Any:
-        """The arguments in the form in which NNCF takes an example input."""
-        return self.kwargs or self.args
+        """A copy of the arguments in the form in which NNCF takes an example input."""
+        own = self.copied()
+        return own.kwargs or own.args
+
+    def copied(self) -> Batch:
+        """The batch for one call of a model, which may write into its arguments."""
+        return self._changed(torch.clone)
 
     def to(self, model: nn.Module) -> Batch:
-        """The batch, on the device of a model's parameters."""
+        """A copy on the device of a model's parameters."""
         parameter = next(model.parameters(), None)
-        if parameter is None:
-            return self
-        device = parameter.device
+        device = None if parameter is None else parameter.device
+        return self._changed(lambda value: value.to(device, copy=True))
 
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
 
         return replace(
             self,
-            args=tuple(map(move, self.args)),
-            kwargs={k: move(v) for k, v in self.kwargs.items()},
+            args=tuple(map(changed, self.args)),
+            kwargs={k: changed(v) for k, v in self.kwargs.items()},
+            labels=changed(self.labels),
         )
 
     def of(self, images: Tensor) -> Batch:
@@ -76,7 +93,7 @@ class Batch:
         RuntimeError
             The images differ in size.
         """
-        images = next(v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+        images = self.images
 
         def join(value: Any, more: Any) -> Any:
             if not isinstance(value, Tensor) or not value.ndim or len(value) != len(self):
@@ -95,38 +112,37 @@ class Batch:
         )
 
     def __len__(self) -> int:
-        return next(len(v) for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+        return len(self.images)
 
 
 def batches(dataset: Any) -> list[Batch]:
     """The calibration batches of an ``nncf.Dataset`` or any iterable, checked.
 
-    An item is what NNCF accepts for a model: a tensor, a tuple of arguments or a dict of them; the
-    pair (images, integer labels) that a data loader gives is recognised.
+    An item is a tensor, a tuple of a model's arguments or a dict of them by name. The pair
+    (images, integer vector) that a data loader gives is images and labels; where such a vector is
+    an argument of the model, give a dict. What the transform of an ``nncf.Dataset`` returns are
+    arguments in any case, and the labels are those of the item before it.
 
     Raises
     ------
     DataError
-        There is no batch, or one has NaN or infinite values.
+        There is no batch, or one has NaN or infinite values. Minus infinity is allowed behind the
+        images: masks have it.
     """
     result: list[Batch] = []
-    for index, (item, raw) in enumerate(_items(dataset)):
-        batch = _batch(item, raw)
-        for value in (*batch.args, *batch.kwargs.values()):
-            if (
-                isinstance(value, Tensor)
-                and value.is_floating_point()
-                and not value.isfinite().all()
-            ):
+    for index, (item, batch) in enumerate(_items(dataset)):
+        images = next((value for value in batch.tensors if value.ndim), None)
+        for value in batch.tensors:
+            if not value.is_floating_point():
+                continue
+            allowed = value.isfinite()
+            if not (allowed if value is images else allowed | value.isneginf()).all():
                 raise DataError(
                     f"calibration batch {index} has NaN or infinite values; allowed: finite numbers"
                 )
-        if not any(
-            isinstance(v, Tensor) and v.ndim and len(v)
-            for v in (*batch.args, *batch.kwargs.values())
-        ):
+        if images is None or not len(images):
             raise DataError(f"calibration batch {index} has no images")
-        if result and not isinstance(item, Batch):
+        if result and batch is not item:
             batch.first = result[-1].first + len(result[-1])
         result.append(batch)
     if not result:
@@ -152,26 +168,32 @@ def _shapes(batch: Batch) -> list[Any]:
     return [v.shape[1:] if isinstance(v, Tensor) else None for v in values]
 
 
-def _items(dataset: Any) -> Iterator[tuple[Any, Any]]:
-    if hasattr(dataset, "get_inference_data"):
-        yield from zip(dataset.get_inference_data(), dataset.get_data(), strict=True)
-    elif isinstance(dataset, Tensor):
-        yield dataset, dataset
+def _items(dataset: Any) -> Iterator[tuple[Any, Batch]]:
+    if isinstance(dataset, nncf.Dataset):
+        # NNCF's own two iterators go through the data twice, and a loader may shuffle it anew.
+        transform = dataset._transform_func
+        for raw in dataset.get_data():
+            labels = raw[1] if _is_labelled(raw) else None
+            yield raw, _batch(raw) if transform is None else _arguments(transform(raw), labels)
     else:
-        yield from ((item, item) for item in dataset)
+        for item in [dataset] if isinstance(dataset, Tensor) else dataset:
+            yield item, _batch(item)
 
 
-def _batch(item: Any, raw: Any) -> Batch:
+def _batch(item: Any) -> Batch:
     if isinstance(item, Batch):
         return item
-    labels = raw[1] if _is_labelled(raw) else None
+    return _arguments(*item) if _is_labelled(item) else _arguments(item, None)
+
+
+def _arguments(item: Any, labels: Tensor | None) -> Batch:
+    args, kwargs = (item,), {}
     if isinstance(item, dict):
-        return Batch((), item, labels)
-    if _is_labelled(item):
-        return Batch((item[0],), {}, labels)
-    if isinstance(item, (tuple, list)):
-        return Batch(tuple(item), {}, labels)
-    return Batch((item,), {}, labels)
+        args, kwargs = (), item
+    elif isinstance(item, (tuple, list)):
+        args = tuple(item)
+    # Autograd refuses what was made in inference mode.
+    return Batch(args, kwargs, labels)._changed(lambda x: x.clone() if x.is_inference() else x)
 
 
 def _is_labelled(item: Any) -> bool:

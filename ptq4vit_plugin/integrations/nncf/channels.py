@@ -9,15 +9,17 @@ scaling) numbers does not pass this test.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from torch import Tensor, nn
 
+from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.graph import KEEPS_NUMBERS
 from ptq4vit_plugin.integrations.nncf.hooks import is_factor, watching
+from ptq4vit_plugin.integrations.nncf.passes import run, tensors_of
 from ptq4vit_plugin.plan import FoundOp
 
 NORMS = ("layer_norm", "rms_norm")
@@ -78,7 +80,7 @@ class ValuePath:
 
 
 def norm_paths(
-    model: nn.Module, graph: NNCFGraph, found: Sequence[FoundOp], example: Any
+    model: nn.Module, graph: NNCFGraph, found: Sequence[FoundOp], batch: Batch
 ) -> list[NormPath]:
     """Norms whose scale, and perhaps shift, can be folded into the linears behind them."""
     linears = {op.name: op for op in found if op.kind == "linear"}
@@ -90,14 +92,17 @@ def norm_paths(
             norms[node.node_name] = (parameters, [linears[name] for name in sorted(consumers)])
     replacing = {name: _count_last for name in norms}
     watched = [(op.name, 0) for _, consumers in norms.values() for op in consumers]
-    seen = _run(model, example, replacing, watched)
+    seen = _run(model, batch, replacing, watched)
+    ports = {name: [(op.name, 0) for op in consumers] for name, (_, consumers) in norms.items()}
+    hidden = used_elsewhere(model, batch, ports)
     paths = []
-    for (weight, bias), consumers in norms.values():
+    for name, ((weight, bias), consumers) in norms.items():
         arrived = [seen.get((op.name, 0)) for op in consumers]
         channels = model.get_parameter(weight).numel()
         count = torch.arange(1.0, channels + 1)
         fits = [x is not None and x.shape[-1] == channels for x in arrived]
-        if not all(fits) or not all(_owns_weight(graph, op) for op in consumers):
+        owned = all(_owns_weight(graph, op) for op in consumers)
+        if name in hidden or not owned or not all(fits):
             continue
         if not all(((x == count.to(x)) | (x == 0)).all() for x in arrived):
             continue
@@ -108,7 +113,7 @@ def norm_paths(
 
 
 def attention_paths(
-    model: nn.Module, graph: NNCFGraph, found: Sequence[FoundOp], example: Any
+    model: nn.Module, graph: NNCFGraph, found: Sequence[FoundOp], batch: Batch
 ) -> tuple[list[ScorePath], list[ValuePath]]:
     """Attentions whose queries and keys, or values, are rows of linears, moved and scaled only."""
     ops = {op.name: op for op in found}
@@ -119,14 +124,19 @@ def attention_paths(
         if op.role in ("qk", "attention_v") and len(op.output_shape) == 4
     }
     watched = [(name, port) for name in products for port in (0, 1)]
-    numbers = _run(model, example, {name: _count_last for name in linears}, watched)
-    factors = _run(model, example, {name: torch.ones_like for name in linears}, watched)
+    numbers = _run(model, batch, {name: _count_last for name in linears}, watched)
+    factors = _run(model, batch, {name: torch.ones_like for name in linears}, watched)
+    ports: dict[str, list[tuple[str, int]]] = {}  # where the numbers of a changed op may go
 
     def rows(product: FoundOp, port: int) -> HeadRows | None:
         node = _up(graph, graph.get_node_by_name(product.name), port)
         linear = linears.get(node.node_name) if node is not None else None
-        if linear is None or not set(_leaves(graph, node, MOVES_OR_SCALES)) <= set(products):
+        if linear is None:
             return None
+        reached = _leaves(graph, node, MOVES_OR_SCALES)
+        if not set(reached) <= set(products):
+            return None
+        ports[linear.name] = [(name, port) for name in reached for port in (0, 1)]
         if linear.bias is None and any(e.input_port_id == 2 for e in graph.get_input_edges(node)):
             return None  # a bias that is computed cannot be changed
         place = (product.name, port)
@@ -144,26 +154,46 @@ def attention_paths(
         node = graph.get_node_by_name(product.name)
         if product.role == "qk":
             if left and right:
-                invariant = _leaf_types(graph, node, SCORES_TO_SOFTMAX) == {"softmax"}
+                leaves = _reached(graph, node, SCORES_TO_SOFTMAX)
+                invariant = {kind for _, kind in leaves} == {"softmax"}
                 shift = invariant and right.linear.bias is not None
+                if shift:
+                    ports[product.name] = [(name, 0) for name, _ in leaves]
                 scores.append(ScorePath(product, left, right, shift))
             continue
         consumers = _leaves(graph, node, KEEPS_NUMBERS)
         if right is not None and len(consumers) == 1 and consumers[0] in linears:
             weighted.append((product, right, ops[consumers[0]]))
+            ports[product.name] = [(consumers[0], 0)]
     counting = {product.name: _count_heads for product, _, _ in weighted}
-    arrived = _run(model, example, counting, [(linear.name, 0) for _, _, linear in weighted])
+    watched = [(op.name, 0) for product, _, linear in weighted for op in (product, linear)]
+    arrived = _run(model, batch, counting, watched)
     values = []
     for product, right, projection in weighted:
         columns = _columns(product, arrived.get((projection.name, 0)))
         if columns is not None:
+            # A row that a mask leaves nothing of has a sum of zero.
+            sums = arrived[product.name, 0].double().sum(-1)
             shift = (
                 product.sources[0].kind == "softmax"
+                and bool(((sums - 1).abs() < 0.01).all())
                 and right.linear.bias is not None
                 and projection.bias is not None
             )
             values.append(ValuePath(product, right, projection, columns, shift))
-    return scores, values
+    hidden = used_elsewhere(model, batch, ports)
+    return (
+        [
+            replace(path, shift=path.shift and path.product.name not in hidden)
+            for path in scores
+            if hidden.isdisjoint((path.queries.linear.name, path.keys.linear.name))
+        ],
+        [
+            path
+            for path in values
+            if hidden.isdisjoint((path.values.linear.name, path.product.name))
+        ],
+    )
 
 
 def unreached_linears(
@@ -187,6 +217,26 @@ def unreached_linears(
     return linears
 
 
+def used_elsewhere(
+    model: nn.Module, batch: Batch, ports: dict[str, list[tuple[str, int]]]
+) -> set[str]:
+    """Names of ops whose outputs reach the model's result past the input ports given for each.
+
+    A tensor that is returned in a mapping or a nested list is no edge of the graph. With the usual
+    numbers at the ports and none at the outputs, the result has none where it has another way.
+    """
+    seen = _run(model, batch, {}, [place for places in ports.values() for place in places])
+
+    def used(names: Sequence[str]) -> bool:
+        places = {place for name in names for place in ports[name]} & set(seen)
+        usual = {place: lambda _, x=seen[place]: x.clone() for place in places}
+        none = {name: lambda y: torch.full_like(y, torch.nan) for name in names}
+        with torch.no_grad(), watching(model, usual, none):
+            return any(x.isnan().any() for x in tensors_of(run(model, batch)))
+
+    return {name for name in ports if used([name])} if used(list(ports)) else set()
+
+
 def _norm_parameters(
     model: nn.Module, graph: NNCFGraph, node: NNCFNode
 ) -> tuple[str, str | None] | None:
@@ -207,7 +257,9 @@ def _norm_parameters(
 
 
 def _owns_weight(graph: NNCFGraph, op: FoundOp) -> bool:
-    """Whether no other op uses the linear's weight or bias."""
+    """Whether the linear's weight is a parameter and no other op uses it or the bias."""
+    if op.sources[1].parameter is None:
+        return False  # a weight that is computed cannot be changed
     names = [name for name in (op.sources[1].parameter, op.bias) if name]
     nodes = [graph.get_node_by_name(name) for name in names]
     return all(len(graph.get_next_nodes(node)) == 1 for node in nodes)
@@ -219,10 +271,6 @@ def _leaves(graph: NNCFGraph, node: NNCFNode, through: frozenset[str]) -> list[s
     A product uses both its ports, any other op its first only.
     """
     return sorted({name for name, _ in _reached(graph, node, through)})
-
-
-def _leaf_types(graph: NNCFGraph, node: NNCFNode, through: frozenset[str]) -> set[str]:
-    return {kind for _, kind in _reached(graph, node, through)}
 
 
 def _reached(graph: NNCFGraph, node: NNCFNode, through: frozenset[str]) -> set[tuple[str, str]]:
@@ -311,7 +359,7 @@ def _columns(product: FoundOp, arrived: Tensor | None) -> Tensor | None:
 @torch.no_grad()
 def _run(
     model: nn.Module,
-    example: Any,
+    batch: Batch,
     replacing: dict[str, Any],
     watched: Sequence[tuple[str, int]],
 ) -> dict[tuple[str, int], Tensor]:
@@ -324,7 +372,6 @@ def _run(
 
         return see
 
-    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     with watching(model, {place: keep(place) for place in watched}, replacing):
-        model(*args, **kwargs)
+        run(model, batch)
     return seen

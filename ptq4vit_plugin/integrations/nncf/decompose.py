@@ -50,7 +50,9 @@ def attention(
         weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1)
         weights = weights.masked_fill(~attn_mask, 0)
     else:
-        weights = (scores + attn_mask).softmax(-1)
+        nothing = attn_mask.amax(-1, keepdim=True) == -torch.inf
+        weights = (scores + attn_mask.masked_fill(nothing, 0)).softmax(-1)
+        weights = weights.masked_fill(nothing, 0)
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
     return weights @ value
@@ -77,19 +79,25 @@ def contraction(equation: str, *operands: Any) -> Tensor:
     columns = [i for i in right if i not in left]
     if not inner or not rows + columns or not set(rows + columns) <= set(output):
         return NotImplemented
-    size = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
+    sizes = [dict(zip(term, x.shape, strict=True)) for term, x in zip(terms, (a, b), strict=True)]
+    if any(sizes[0][i] != sizes[1][i] for i in inner):
+        return NotImplemented  # one of them is repeated
     product = torch.matmul(
-        _arranged(a, left, lead, rows, inner, size), _arranged(b, right, lead, inner, columns, size)
+        _arranged(a, left, lead, rows, inner), _arranged(b, right, lead, inner, columns)
     )
     order = lead + rows + columns
-    return product.reshape([size[i] for i in order]).permute([order.index(i) for i in output])
+    shape = [
+        *product.shape[: len(lead)],
+        *(sizes[0][i] for i in rows),
+        *(sizes[1][i] for i in columns),
+    ]
+    return product.reshape(shape).permute([order.index(i) for i in output])
 
 
-def _arranged(
-    x: Tensor, term: str, lead: list[str], first: list[str], second: list[str], size: dict[str, int]
-) -> Tensor:
+def _arranged(x: Tensor, term: str, lead: list[str], first: list[str], second: list[str]) -> Tensor:
     """``x`` with its indices in the order ``lead, first, second``, the last two as one dimension
     each."""
+    size = dict(zip(term, x.shape, strict=True))
     x = x.permute([term.index(i) for i in (*lead, *first, *second)])
     shape = [size[i] for i in lead] + [prod(size[i] for i in part) for part in (first, second)]
     return x.reshape(shape)

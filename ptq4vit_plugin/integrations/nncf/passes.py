@@ -22,8 +22,9 @@ def run(model: nn.Module, batch: Batch) -> Any:
     DataError
         The model cannot take the images.
     """
+    own = batch.copied()
     with taken_by_the_model(batch):
-        return model(*batch.args, **batch.kwargs)
+        return model(*own.args, **own.kwargs)
 
 
 @contextmanager
@@ -31,13 +32,16 @@ def taken_by_the_model(batch: Batch) -> Iterator[None]:
     """Turn what a model raises on images that it cannot take into a `DataError`."""
     try:
         yield
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         if isinstance(error, PTQ4ViTError):
             raise
-        shapes = [
-            tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)
-        ]
+        shapes = [tuple(value.shape) for value in batch.tensors]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, TypeError) and len(batch.args) == 1 and batch.labels is not None:
+            reason += (
+                "; the integers beside the images are taken as labels: "
+                "give a dict of arguments where the model takes them"
+            )
         raise DataError(
             f"the model cannot take calibration images of shape {shapes}: {reason}"
         ) from error
@@ -54,22 +58,41 @@ class Outputs:
 def outputs_of(model: nn.Module, result: Any) -> Outputs:
     """Tell class scores from features.
 
-    ``logits`` in a mapping are class scores, and so is an output, or the first of several, of two
-    dimensions, unless the model says that it has no classes (``num_classes == 0``, as timm's do).
+    ``logits`` in a mapping stand for all of it. Class scores are they, or an output, or the first
+    of several, if it has two dimensions, unless the model says that it has no classes
+    (``num_classes == 0``, as timm's do). A single number, such as a loss, is left out.
 
     Raises
     ------
     ModelError
-        There is no floating-point tensor in the result.
+        There is no floating-point tensor with a dimension in the result.
     """
-    if isinstance(result, Mapping) and isinstance(result.get("logits"), Tensor):
-        return Outputs([result["logits"]], are_logits=True)
+    named = isinstance(result, Mapping) and isinstance(result.get("logits"), Tensor)
+    tensors = [x for x in tensors_of(result["logits"] if named else result) if x.ndim]
+    if not tensors:
+        raise ModelError("the model returns single numbers only; allowed: numbers of every image")
+    if tensors[0].ndim == 2 and (named or getattr(model, "num_classes", None) != 0):
+        return Outputs(tensors[:1], are_logits=True)
+    return Outputs(tensors, are_logits=False)
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """All floating-point tensors in what a model returns, in order.
+
+    Parameters
+    ----------
+    result
+        A tensor, or tuples, lists and mappings of any depth.
+
+    Raises
+    ------
+    ModelError
+        There is none.
+    """
     tensors = list(_tensors(result))
     if not tensors:
         raise ModelError(f"the model returns no tensor but {type(result).__name__}")
-    if tensors[0].ndim == 2 and getattr(model, "num_classes", None) != 0:
-        return Outputs(tensors[:1], are_logits=True)
-    return Outputs(tensors, are_logits=False)
+    return tensors
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
