@@ -225,7 +225,12 @@ def test_options_of_a_data_source_are_its_arguments(tiny, distribution, write):
             "compression.search_range.N: unknown key; allowed: alpha, beta, n; did you mean 'n'?",
         ),
         (
-            {"compression": {"algorithm": "ptq4vit", "accuracy": {"metrik": "top1"}}},
+            {
+                "compression": {
+                    "algorithm": "ptq4vit",
+                    "accuracy": {"max_drop": 1, "metrik": "top1"},
+                }
+            },
             "compression.accuracy.metrik: unknown key; allowed: max_drop, metric; "
             "did you mean 'metric'?",
         ),
