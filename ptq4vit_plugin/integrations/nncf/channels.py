@@ -16,6 +16,7 @@ import torch
 from nncf.common.graph.graph import NNCFGraph, NNCFNode
 from torch import Tensor, nn
 
+from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.graph import KEEPS_NUMBERS
 from ptq4vit_plugin.integrations.nncf.hooks import is_factor, watching
@@ -231,8 +232,11 @@ def used_elsewhere(
         places = {place for name in names for place in ports[name]} & set(seen)
         usual = {place: lambda _, x=seen[place]: x.clone() for place in places}
         none = {name: lambda y: torch.full_like(y, torch.nan) for name in names}
-        with torch.no_grad(), watching(model, usual, none):
-            return any(x.isnan().any() for x in tensors_of(run(model, batch)))
+        try:
+            with torch.no_grad(), watching(model, usual, none):
+                return any(x.isnan().any() for x in tensors_of(run(model, batch)))
+        except DataError:  # as of what is looked up by these numbers
+            return True
 
     return {name for name in ports if used([name])} if used(list(ports)) else set()
 
