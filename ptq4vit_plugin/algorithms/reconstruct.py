@@ -140,8 +140,8 @@ class Reconstruct(CalibratedAlgorithm, Learning):
             The images are of several sizes.
         """
         one_size([*fit, *check])
-        with in_float32(module), in_float32(teacher):
-            self._reconstruct(module, teacher, _float32(fit), _float32(check))
+        with widened(module), widened(teacher):
+            self._reconstruct(module, teacher, _widened(fit), _widened(check))
 
     def _reconstruct(
         self, module: nn.Module, teacher: nn.Module, fit: Sequence[Batch], check: Sequence[Batch]
@@ -249,7 +249,7 @@ def _compared(teacher: nn.Module, images: Sequence[Tensor]) -> Comparison:
 
 
 @contextmanager
-def in_float32(module: nn.Module) -> Iterator[None]:
+def widened(module: nn.Module) -> Iterator[None]:
     """Keep what a model has in half precision in float32: gradients and small steps need that."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.dtype in HALF]
     types = [t.dtype for t in tensors]
@@ -262,18 +262,8 @@ def in_float32(module: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
-def _float32(data: Sequence[Batch]) -> list[Batch]:
-    def wide(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
-
-    return [
-        replace(
-            batch,
-            args=tuple(map(wide, batch.args)),
-            kwargs={key: wide(value) for key, value in batch.kwargs.items()},
-        )
-        for batch in data
-    ]
+def _widened(data: Sequence[Batch]) -> list[Batch]:
+    return [batch.changed(lambda x: x.float() if x.dtype in HALF else x) for batch in data]
 
 
 def without_quantizers(module: nn.Module) -> nn.Module:

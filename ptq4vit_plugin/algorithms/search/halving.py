@@ -175,7 +175,7 @@ class Halving:
                     break  # the next ones have more rows
                 found = losses.at_each(sample, operand, candidates)
             if candidates is everything:
-                losses.draw(operand, found)
+                losses.keep_curve(operand, found)
             groups = losses.summed(operand, found)
             candidates = best_of(candidates, groups, stage.keep, far, current)
         if schedule == ROUGH_SCHEDULE:

@@ -73,7 +73,7 @@ class Losses:
         first = torch.ones(1, dtype=torch.bool, device=table.device)
         return torch.cat([first, (table[1:] != table[:-1]).any(1)])
 
-    def draw(self, operand: str, losses: Tensor) -> None:
+    def keep_curve(self, operand: str, losses: Tensor) -> None:
         """Keep the losses of all distinct candidates, ``[n, ...]``, as the operand's curve."""
         place = self.distinct(operand).cumsum(0) - 1
         self.curves[operand] = losses.flatten(1).sum(1)[place].tolist()
@@ -162,7 +162,7 @@ class Losses:
         totals = self.summed(operand, losses).masked_fill(~which, torch.inf)
         distinct = self.distinct(operand)
         if which[:every][distinct].all():
-            self.draw(operand, totals[:every][distinct])
+            self.keep_curve(operand, totals[:every][distinct])
         equal = totals.masked_fill(~which, -torch.inf).amax(0) <= totals.amin(0)
         equal &= which.sum(0) > 1
         # They may all be better, or worse, than a choice that is not among them.

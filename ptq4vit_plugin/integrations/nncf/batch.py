@@ -43,15 +43,17 @@ class Batch:
 
     def copied(self) -> Batch:
         """The batch for one call of a model, which may write into its arguments."""
-        return self._changed(torch.clone)
+        return self.changed(torch.clone)
 
     def to(self, model: nn.Module) -> Batch:
         """A copy on the device of a model's parameters."""
         parameter = next(model.parameters(), None)
         device = None if parameter is None else parameter.device
-        return self._changed(lambda value: value.to(device, copy=True))
+        return self.changed(lambda value: value.to(device, copy=True))
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with a function of every tensor in its place."""
+
         def changed(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) else value
 
@@ -193,7 +195,7 @@ def _arguments(item: Any, labels: Tensor | None) -> Batch:
     elif isinstance(item, (tuple, list)):
         args = tuple(item)
     # Autograd refuses what was made in inference mode.
-    return Batch(args, kwargs, labels)._changed(lambda x: x.clone() if x.is_inference() else x)
+    return Batch(args, kwargs, labels).changed(lambda x: x.clone() if x.is_inference() else x)
 
 
 def _is_labelled(item: Any) -> bool:

@@ -75,7 +75,6 @@ class Images:
         return x.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
 
 
-@torch.no_grad()
 def one_size(data: Sequence[Batch]) -> None:
     """Refuse images of several sizes where all of them go through the model together.
 
@@ -84,8 +83,7 @@ def one_size(data: Sequence[Batch]) -> None:
     DataError
         So it is.
     """
-    first = [next(v for v in (*b.args, *b.kwargs.values()) if isinstance(v, Tensor)) for b in data]
-    sizes = sorted({tuple(images.shape[1:]) for images in first})
+    sizes = sorted({tuple(batch.images.shape[1:]) for batch in data})
     if len(sizes) > 1:
         raise DataError(
             f"calibration images of the sizes {', '.join(map(str, sizes))}; compensation and "
@@ -93,6 +91,7 @@ def one_size(data: Sequence[Batch]) -> None:
         )
 
 
+@torch.no_grad()
 def find_images(
     model: nn.Module, data: Sequence[Batch], ops: Sequence[FoundOp]
 ) -> dict[str, Images | None]:
