@@ -17,6 +17,7 @@ from torch import nn
 
 from ptq4vit_plugin.errors import CheckpointError
 from ptq4vit_plugin.files import json_text, written_whole
+from ptq4vit_plugin.integrations.device import device_of
 from ptq4vit_plugin.integrations.integer import checkpoint as integer
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
@@ -135,9 +136,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise CheckpointError(f"'{path}' is of another model: {error}") from error
     if metadata.decomposed:
         decompose(model)
+    device = device_of(model)
     hooks.wrap(model)
     try:
-        model = hooks.restore(model, metadata.nncf)
+        model = hooks.restore(model, metadata.nncf).to(device)
     except nncf.InternalError as error:
         raise CheckpointError(f"'{path}': {error}") from error
     except (

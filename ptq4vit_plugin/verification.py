@@ -122,7 +122,7 @@ def op_differences(
         model(images.to(device_of(model), dtype_of(model)))
     found = exporter.op_outputs(path, names)(images)
     return {
-        name: _relative(found[name].reshape(exact.shape) - exact, exact)
+        name: _relative(found[name].cpu().reshape(exact.shape) - exact, exact)
         for name, exact in simulated.items()
         if name in found
     }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import CheckpointError, ModelError
 from ptq4vit_plugin.exporter import Exporter
-from ptq4vit_plugin.integrations.device import dtype_of
+from ptq4vit_plugin.integrations.device import device_of, dtype_of
 from ptq4vit_plugin.integrations.integer.model import drop_weight, integer_model
 from ptq4vit_plugin.integrations.integer.ops import (
     FloatWeightOp,
@@ -154,7 +154,7 @@ class IntegerExporter(Exporter):
     def read(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Images to logits, in the model's own type inside; see `load`."""
         model = load(path, copy.deepcopy(self._architecture))
-        return lambda images: model(images.to(dtype_of(model)))
+        return lambda images: model(images.to(device_of(model), dtype_of(model)))
 
     def op_outputs(self, path: Path, ops: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
         """The outputs of the modules that compute with integers."""
@@ -164,7 +164,7 @@ class IntegerExporter(Exporter):
             op.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y}))
 
         def run(images: Tensor) -> dict[str, Tensor]:
-            model(images.to(dtype_of(model)))
+            model(images.to(device_of(model), dtype_of(model)))
             return seen
 
         return run
@@ -212,7 +212,7 @@ def load(path: Path, model: nn.Module | None = None) -> ReplacedOps:
     except (RuntimeError, AttributeError, KeyError, SafetensorError, nncf.InternalError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(f"'{path}' is of another model: {detail}") from error
-    return ReplacedOps(model, ops).eval()
+    return ReplacedOps(model, ops).to(device_of(model)).eval()
 
 
 def is_integer(path: Path) -> bool:
