@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations import distributed
 
 ROOT = Path(__file__).parents[1]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -99,3 +103,42 @@ def test_every_process_needs_a_batch(monkeypatch):
     monkeypatch.setattr(distributed, "ranks", lambda: 4)
     with pytest.raises(DataError, match="3 calibration batches cannot be divided among 4"):
         distributed.share([1, 2, 3])
+
+
+FAILING = """
+from ptq4vit_plugin.cli import main
+from ptq4vit_plugin.errors import DataError
+from ptq4vit_plugin.integrations import distributed
+
+def share(batches):
+    raise DataError("no images here")
+
+distributed.share = share
+main()
+"""
+
+
+def test_a_process_says_in_one_line_that_another_has_failed(tmp_path):
+    """The processes are not the launcher's, which would end one when the other has failed."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    config = ROOT / "examples" / "digits" / "ptq4vit.yaml"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *program, "quantize", config, "--output", tmp_path, "--quiet"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **address, "RANK": str(rank), "LOCAL_RANK": "0"},
+            cwd=ROOT,
+        )
+        for rank, program in enumerate([["-m", "ptq4vit_plugin"], [tmp_path / "failing.py"]])
+    ]
+    lost, failed = (process.communicate()[1].splitlines() for process in running)
+    assert [process.returncode for process in running] == [2, 2]
+    assert failed[-1] == "error: no images here"
+    assert lost[-1].startswith("error: another process of this run has failed, and its own message")
+    assert "closed by peer" in lost[-1]
+    assert not any(line.startswith(("Traceback", "  File")) for line in [*lost, *failed])
