@@ -58,8 +58,8 @@ def together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PTQ4ViTError(
-            "another process of this run has failed, and its own message says why; this one lost "
-            f"the connection to it ({one_line(error)[:200]})"
+            "another process of this run has failed or was ended, and its own message, if any, "
+            f"says why; this one lost the connection to it ({one_line(error)[:200]})"
         ) from error
 
 
