@@ -19,6 +19,7 @@ from torch import distributed as dist
 from .data.batches import too_many_unreadable
 from .data.images import check_images
 from .errors import DataError, ModelError
+from .integrations.distributed import together
 
 Z95 = 1.959963984540054  # standard normal quantile of 0.975
 
@@ -201,7 +202,8 @@ class _Totals:
     def gather(self, names: list[str]) -> list[str]:
         """Add up all processes' sums, and join their lists of names."""
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (vars(self), names))
+        with together():
+            dist.all_gather_object(everyone, (vars(self), names))
         for key in vars(self):
             values = [sums[key] for sums, _ in everyone]
             # Processes work at the same time, on the same model.

@@ -20,7 +20,14 @@ from ptq4vit_plugin.algorithms.settings import Accuracy, Override
 from ptq4vit_plugin.errors import ConfigError, DataError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, batches, example_of
-from ptq4vit_plugin.integrations.nncf.passes import frozen, outputs_of, run, taken_by_the_model
+from ptq4vit_plugin.integrations.nncf.passes import (
+    TRACE,
+    frozen,
+    outputs_of,
+    run,
+    taken_by_the_model,
+    traced,
+)
 from ptq4vit_plugin.integrations.nncf.prepare import bare, prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import Plan
@@ -99,7 +106,7 @@ def _quantized(
     example = example_of(data).to(model)
     fuse_attention(model, prepare(model, example))
     wrapper = hooks.with_graph(model, example.example)
-    with taken_by_the_model(example):
+    with taken_by_the_model(example, TRACE):
         wrapper.get_graph()
     made = [algorithm(dataset=data, **fields) for algorithm, fields in steps]
     for algorithm in made:
@@ -209,6 +216,4 @@ def plan(model: nn.Module, example_input: Any, compression: Any = "ptq4vit") -> 
     model = copy.deepcopy(bare(model)).eval()
     batch = example_of(batches([example_input])).to(model)
     prepare(model, batch)
-    with taken_by_the_model(batch):
-        graph = hooks.trace(model, batch.example)
-    return searches[-1].plan(model, graph, len(batch))[0]
+    return searches[-1].plan(model, traced(model, batch), len(batch))[0]

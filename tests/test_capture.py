@@ -9,7 +9,7 @@ from torch import nn
 
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.algorithms.gradient import Gradient
-from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.integrations.device import available_devices
 from ptq4vit_plugin.integrations.nncf import capture, hooks
@@ -17,6 +17,7 @@ from ptq4vit_plugin.integrations.nncf.batch import batches, example_of
 from ptq4vit_plugin.integrations.nncf.capture import record
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
+from ptq4vit_plugin.pipeline import plan
 from ptq4vit_plugin.record import record_of
 
 
@@ -202,6 +203,82 @@ def test_gradients_that_the_model_switches_off():
     with pytest.raises(ModelError, match="torch.no_grad"):
         ptq.quantize(FrozenBackbone().eval(), x, "ptq4vit")
     ptq.quantize(FrozenBackbone().eval(), x, {"algorithm": "ptq4vit", "metric": "mse"})
+
+
+class InPlace(nn.Module):
+    """What its forward does behind a linear autograd, or NNCF, does not take."""
+
+    def __init__(self, change):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.change = nn.Linear(6, 6), nn.Linear(6, 3), change
+        self.factor = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x):
+        return self.change(self, self.first(x), x)
+
+
+def of_a_view(self, y, x):
+    a, b = y.chunk(2, -1)
+    return self.head(torch.cat([a.add_(b), b], -1))
+
+
+def of_a_leaf(self, y, x):
+    return self.head(y * x.requires_grad_().mul_(2))
+
+
+def of_what_backward_needs(self, y, x):
+    y = y.sigmoid()
+    result = self.head(y)
+    y.mul_(2)
+    return result
+
+
+@pytest.mark.parametrize("algorithm", ["ptq4vit", "ptq4vit_plus"])
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (of_a_view, "Output 0 of Split is a view and is being modified inplace"),
+        (of_a_leaf, "a leaf Variable that requires grad is being used in an in-place operation"),
+        (of_what_backward_needs, "one of the variables needed for gradient computation has been"),
+    ],
+)
+def test_an_error_says_that_gradients_were_taken(change, cause, algorithm):
+    x = [torch.randn(5, 6)]
+    message = (
+        rf"^the model cannot give gradients for calibration images of shape \[\(5, 6\)\]: {cause}"
+    )
+    with pytest.raises(DataError, match=message + ".*'mse'$"):
+        ptq.quantize(InPlace(change).eval(), x, algorithm)
+    ptq.quantize(InPlace(change).eval(), x, {"algorithm": "ptq4vit", "metric": "mse"})
+
+
+@pytest.mark.parametrize("verb", [ptq.quantize, plan])
+def test_an_error_says_that_the_model_was_traced(verb):
+    """NNCF cannot trace a model that returns a parameter."""
+    model = InPlace(lambda self, y, x: (self.head(y), self.factor)).eval()
+    message = r"^the model cannot be traced by NNCF with .* \[\(5, 6\)\]: None cannot be a node$"
+    with pytest.raises(DataError, match=message):
+        verb(model, [torch.randn(5, 6)] if verb is ptq.quantize else torch.randn(5, 6), "ptq4vit")
+
+
+def test_rows_that_the_image_chooses_are_an_input():
+    """A table of embeddings is no weight of the linear behind it."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Parameter(torch.randn(20, 16)), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head(self.table[x])
+
+    model, x = Table().eval(), torch.randint(0, 20, (4, 5))
+    result = ptq.quantize(model, [x], "ptq4vit")
+    operand = record_of(result).ops[0].operands[0]
+    assert (operand.source, operand.parameter, operand.bits) == ("activation", None, 8)
+    assert 30 < logit_sqnr(model(x), result(x)) < 60
 
 
 class MergedHeads(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,18 +22,21 @@ from ptq4vit_plugin.integrations import distributed
 ROOT = Path(__file__).parents[1]
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Scales and objectives by op, of the command in one process or in several."""
     monkeypatch.chdir(ROOT)
 
-    def run(ranks, **compression):
+    def run(ranks, folder=None, ops=14, **compression):
         content = yaml.safe_load((ROOT / "examples" / "digits" / "ptq4vit.yaml").read_text())
         some = {"rounds": 1, "ignored_scopes": ["{re}blocks/[23]"], **compression}
         content["compression"] = {"algorithm": "ptq4vit", **some}
         content["data"]["calibration"] = {"split": "train", "samples": 12, "batch_size": 4}
         content["data"]["evaluation"] = {"split": "val", "samples": 8}
-        file, folder = tmp_path / "config.yaml", tmp_path / str(ranks)
+        file, folder = tmp_path / "config.yaml", tmp_path / (folder or str(ranks))
         file.write_text(yaml.safe_dump(content))
         if ranks == 1:
             commands.quantize(read(file), folder, quiet=True)
@@ -43,11 +47,11 @@ def run(tmp_path, monkeypatch):
                 [sys.executable, *launcher, *command],
                 capture_output=True,
                 text=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                env=ENVIRONMENT,
             )
             assert done.returncode == 0, done.stderr
             events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
-            assert events.count("written") == 1 and events.count("op") == 14
+            assert events.count("written") == 1 and events.count("op") == ops
         tensors = load_file(folder / "model.safetensors")
         ops = json.loads((folder / "results.json").read_text())["calibration"]["ops"]
         scales = {name: value for name, value in tensors.items() if name.startswith("__nncf")}
@@ -71,13 +75,59 @@ def test_two_processes_find_the_scales_of_one(run):
         assert objectives2[name] == pytest.approx(value, rel=1e-5)
 
 
-def test_fast_search_in_two_processes(run):
-    """Each process samples its own share; survivors are compared on everything."""
+FAILING = """
+from ptq4vit_plugin.algorithms.op_search import OpSearch
+from ptq4vit_plugin.cli import main
+from ptq4vit_plugin.errors import DataError
+
+search = OpSearch.search
+
+def fail(self, op, *args):
+    if op.name == "blocks/0/mlp/fc1/linear/0":
+        raise DataError("no images here")
+    return search(self, op, *args)
+
+OpSearch.search = fail
+main()
+"""
+
+
+def test_fast_search_in_two_processes(run, tmp_path):
+    """Each process samples its own share; survivors are compared on everything.
+
+    Where one process fails the other says so in one line, and the same command then goes on. These
+    two are not the launcher's, which would end the other one.
+    """
     _, one = run(1)
-    _, two = run(2)
+    scales, two = run(2)
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert two[name] <= 1.01 * value
+
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = ["quantize", tmp_path / "config.yaml", "--output", tmp_path / "again", "--quiet"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *program, *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **address, "RANK": str(rank), "LOCAL_RANK": "0"},
+        )
+        for rank, program in enumerate([["-m", "ptq4vit_plugin"], [tmp_path / "failing.py"]])
+    ]
+    lost, failed = (process.communicate()[1].splitlines() for process in processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert failed[-1] == "error: no images here"
+    assert lost[-1].startswith("error: another process of this run has failed or was ended, and it")
+    assert not any(line.startswith(("Traceback", "  File")) for line in [*lost, *failed])
+
+    resumed, three = run(2, folder="again", ops=14 - 5)
+    assert three == two and scales.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in scales.items())
 
 
 def test_a_share_without_gradient_is_no_error_where_another_has_some(monkeypatch):

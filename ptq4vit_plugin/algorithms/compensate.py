@@ -24,6 +24,7 @@ from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
 from ptq4vit_plugin.integrations.nncf.capture import in_parts, token_weights
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.nncf.passes import traced
 from ptq4vit_plugin.integrations.nncf.streams import (
     Images,
     Seen,
@@ -106,7 +107,7 @@ class Compensate(CalibratedAlgorithm, Repairs):
         }
         first = example_of(data).to(module)
         with hooks.unquantized(module):
-            graph = hooks.trace(module, first.example)
+            graph = traced(module, first)
             buffers = {name for name, _ in module.named_buffers()}
             ops, _ = find_ops(graph, len(first), buffers)
             # A weight or bias that is computed in forward cannot be written to.

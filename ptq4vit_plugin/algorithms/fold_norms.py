@@ -21,6 +21,7 @@ from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
+from ptq4vit_plugin.integrations.nncf.capture import run_by_all, run_untraced
 from ptq4vit_plugin.integrations.nncf.channels import (
     NormPath,
     ScorePath,
@@ -30,7 +31,7 @@ from ptq4vit_plugin.integrations.nncf.channels import (
     unreached_linears,
 )
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
-from ptq4vit_plugin.integrations.nncf.passes import run, tensors_of
+from ptq4vit_plugin.integrations.nncf.passes import run, tensors_of, traced
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp
@@ -84,9 +85,9 @@ class FoldNorms(CalibratedAlgorithm, Folds):
         Raises
         ------
         DataError
-            No calibration data.
+            No calibration data, or batches of which not all run an op that is measured.
         ModelError
-            The model is quantized already, or its outputs change.
+            The model is quantized already, its outputs change, or later batches run more of it.
         """
         module = hooks.unwrap(model)
         data = self.calibration_batches(dataset)
@@ -101,7 +102,7 @@ class FoldNorms(CalibratedAlgorithm, Folds):
             raise ModelError("fold_norms: the model is quantized already; fold it before that")
         first = example_of(data).to(module)
         switched = prepare(module, first)
-        graph = hooks.trace(module, first.example)
+        graph = traced(module, first)
         found, _ = find_ops(graph, len(first), {name for name, _ in module.named_buffers()})
         before = _outputs(module, first)
         kept = {name: value.clone() for name, value in module.named_parameters()}
@@ -113,7 +114,14 @@ class FoldNorms(CalibratedAlgorithm, Folds):
         norms = norms if self.norms else []
         if not self.attention:
             scores, values = [], []
-        measured = _measure(module, data, scores, values, norms, smoothed)
+        with run_untraced(module, graph) as untraced:
+            measured = _measure(module, data, scores, values, norms, smoothed)
+        if untraced:
+            raise ModelError(
+                f"fold_norms: '{next(iter(untraced))}' runs for some calibration images only, not "
+                "for those that the model was traced with, so no fold can reach it; give images "
+                "that all run it, or use algorithm: ptq4vit"
+            )
         # Attention first: it changes rows whose reach the scales of the norms depend on.
         for path in scores:
             _balance_scores(module, path, measured)
@@ -166,9 +174,11 @@ def _measure(
     linears = [*(path.projection for path in values), *(path.consumers[0] for path in norms)]
     for op in (*linears, *smoothed):
         inputs[op.name, 0] = Channels()
-    with hooks.watching(module, inputs, {}):
+    ops = [*(path.product for path in scores), *linears, *smoothed]
+    with run_by_all(module, data, ops) as ran, hooks.watching(module, inputs, {}):
         for batch in data:
             run(module, batch.to(module))
+            ran()
     return inputs
 
 

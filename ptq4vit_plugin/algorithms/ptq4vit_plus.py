@@ -14,6 +14,7 @@ from ptq4vit_plugin.algorithms.settings import Activations, QuantizerName, Twin,
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import example_of
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.nncf.passes import traced
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.nncf.streams import find_images
 
@@ -65,7 +66,7 @@ class PTQ4ViTPlus(ScaleSearch):
         prepare(module, example)
         if any(dict(self.fold).values()):
             FoldNorms(**dict(self.fold)).fold(module, data)
-        graph = hooks.trace(module, example.example)
+        graph = traced(module, example)
         repairs = any(dict(self.compensate).values())
         if repairs:  # refused here, a model that mixes images is not searched in vain
             buffers = {name for name, _ in module.named_buffers()}

@@ -11,9 +11,10 @@ from typing import TypeVar
 from torch import nn
 
 from ptq4vit_plugin.algorithms.gradient import Gradient
+from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.blocks import Block
-from ptq4vit_plugin.integrations.nncf.capture import Recorded, record
+from ptq4vit_plugin.integrations.nncf.capture import Recorded, record, run_by_all
 from ptq4vit_plugin.integrations.nncf.replay import replay, watching_blocks
 from ptq4vit_plugin.plan import FoundOp
 
@@ -121,21 +122,40 @@ def recorded_in(
     Raises
     ------
     ModelError, DataError
-        As `record`.
+        As `record` and `run_by_all`; of all ops in the first pass.
     """
     for number, parts in enumerate(passes, 1):
-        alone = [op for part in parts if not part.block for group in part.groups for op in group]
+        waiting = [op for later in passes[number - 1 :] for part in later for op in _ops(part)]
+        alone = [op for part in parts if not part.block for op in _ops(part)]
         blocks = [part.block.name for part in parts if part.block]
-        with watching_blocks(model, blocks, gradient) as calls:
-            seen = record(model, data, alone, gradient, lambda number=number: batch_done(number))
+        with (
+            run_by_all(model, data, waiting) as ran,
+            watching_blocks(model, blocks, gradient) as calls,
+        ):
+
+            def done(number: int = number, ran: Callable[[], None] = ran) -> None:
+                ran()
+                batch_done(number)
+
+            seen = record(model, data, alone, gradient, done)
         for part in parts:
             reached = calls.pop(part.block.name) if part.block else []
+            if part.block and len(reached) != len(data):
+                raise DataError(
+                    f"{part.block.name}: runs {len(reached)} times in {len(data)} batches of "
+                    "calibration images; allowed: once in each. Leave its ops in float "
+                    "(ignored_scopes)"
+                )
             for group in part.groups:
                 if part.block:
                     seen |= replay(model, part.block, reached, group, gradient)
                     block_done(part.block.name)
                 for op in group:
                     yield seen.pop(op.name)
+
+
+def _ops(part: Part) -> list[FoundOp]:
+    return [op for group in part.groups for op in group]
 
 
 def _fitting(items: Sequence[_Item], sizes: Sequence[float], budget: float) -> list[list[_Item]]:

@@ -46,13 +46,14 @@ from ptq4vit_plugin.integrations.device import device_of, free_memory, peak_memo
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import in_parts, recorded_bytes
+from ptq4vit_plugin.integrations.nncf.capture import in_parts, recorded_bytes, run_untraced
 from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
+from ptq4vit_plugin.integrations.nncf.passes import traced
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.nncf.replay import replayable_blocks
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
-from ptq4vit_plugin.plan import FoundOp, Op, Plan
+from ptq4vit_plugin.plan import FoundOp, LeftOut, Op, Plan
 from ptq4vit_plugin.quantizers.base import SearchRange
 from ptq4vit_plugin.quantizers.half import in_float32
 from ptq4vit_plugin.record import OpRecord, QuantizationRecord, attach
@@ -61,6 +62,7 @@ from ptq4vit_plugin.reporting.progress import progress
 
 # Candidates of the search that only ranks ops.
 SENSITIVITY_STEPS = 25
+LATE = "runs for some calibration images only, not for those that the model was traced with"
 Metric = Literal[
     "hessian", "cosine", "mse", "l1", "linear_weighted_l2", "square_weighted_l2", "pearson"
 ]
@@ -215,13 +217,19 @@ class ScaleSearch(CalibratedAlgorithm):
         before = is_decomposed(module)
         switched = prepare(module, example)
         if switched or is_decomposed(module) != before:
-            graph = hooks.trace(module, example.example)
+            graph = traced(module, example)
         fold_batch_norms(module, graph)
         plan, found = self.plan(module, graph, len(example))
         check_products(module, in_parts(data, found.values(), len(example)), plan, found)
         if self.mixed_precision is not None:
             plan = self._mixed(module, data, plan, found)
-        quantizers, records, runs = self._calibrate(module, data, plan, found)
+        with run_untraced(module, graph) as untraced:
+            quantizers, records, runs = self._calibrate(module, data, plan, found)
+        late = [
+            LeftOut(name=name.replace(".", "/"), kind=kind, reason=LATE)
+            for name, kind in untraced.items()
+        ]
+        plan = plan.model_copy(update={"left_out": (*plan.left_out, *late)})
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
         for place, quantizer in quantizers.items():
             hooks.insert(module, *place, in_float32(quantizer) if half else quantizer)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ptq4vit_plugin.errors import DataError
+from ptq4vit_plugin.errors import DataError, PTQ4ViTError, one_line
 
 T = TypeVar("T")
 
@@ -40,8 +40,27 @@ def wait_for_all() -> None:
     """Wait until all processes that ``torchrun`` started have come here, however long it takes."""
     if _several():
         dist.init_process_group("gloo", timeout=timedelta(days=365))
-        dist.barrier()
+        with together():
+            dist.barrier()
         dist.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What all processes do at the same time, and what is left of it where one of them has ended.
+
+    Raises
+    ------
+    PTQ4ViTError
+        The connection to another process is lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise PTQ4ViTError(
+            "another process of this run has failed or was ended, and its own message, if any, "
+            f"says why; this one lost the connection to it ({one_line(error)[:200]})"
+        ) from error
 
 
 def rank() -> int:
@@ -89,7 +108,8 @@ def _reduced(x: Tensor, how: dist.ReduceOp) -> Tensor:
     if not _running():
         return x
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, how)
+    with together():
+        dist.all_reduce(x, how)
     return x
 
 

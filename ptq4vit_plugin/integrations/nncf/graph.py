@@ -209,6 +209,9 @@ def _describe(
     varying = {
         port for port in (0, 1) if port in edges and edges[port].from_node.node_id in from_image
     }
+    # A parameter of which the image chooses rows, as a table of embeddings.
+    looked_up = {port for port in varying if sources[port].parameter}
+    sources |= dict.fromkeys(looked_up, Source("activation"))
     if not varying:
         return left_out("depends on no image; it is a constant that exporters fold")
     others = [operand.dtype for operand in operands if not operand.dtype.is_floating_point]

@@ -7,11 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import nncf
+import torch
+from nncf.common.graph.graph import NNCFGraph
 from torch import Tensor, nn
 
 from ptq4vit_plugin.algorithms.gradient import Gradient, generators, output_loss, probe_loss
 from ptq4vit_plugin.errors import DataError, ModelError, PTQ4ViTError
+from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch
+
+# What a model is to do with calibration images, as an error says that it cannot.
+TAKE, TRACE, GRADIENTS = "take", "be traced by NNCF with", "give gradients for"
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
@@ -20,19 +27,31 @@ def run(model: nn.Module, batch: Batch) -> Any:
     Raises
     ------
     DataError
-        The model cannot take the images.
+        The model cannot take the images, or not while autograd follows.
     """
     own = batch.copied()
-    with taken_by_the_model(batch):
+    with taken_by_the_model(batch, GRADIENTS if torch.is_grad_enabled() else TAKE):
         return model(*own.args, **own.kwargs)
 
 
+def traced(model: nn.Module, batch: Batch) -> NNCFGraph:
+    """NNCF's graph of a forward pass of a batch that is on the model's device.
+
+    Raises
+    ------
+    DataError
+        NNCF cannot trace it.
+    """
+    with taken_by_the_model(batch, TRACE):
+        return hooks.trace(model, batch.example)
+
+
 @contextmanager
-def taken_by_the_model(batch: Batch) -> Iterator[None]:
-    """Turn what a model raises on images that it cannot take into a `DataError`."""
+def taken_by_the_model(batch: Batch, doing: str = TAKE) -> Iterator[None]:
+    """Turn what a model raises on images into a `DataError` that says what it was to do."""
     try:
         yield
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError, nncf.InternalError) as error:
         if isinstance(error, PTQ4ViTError):
             raise
         shapes = [tuple(value.shape) for value in batch.tensors]
@@ -42,8 +61,13 @@ def taken_by_the_model(batch: Batch) -> Iterator[None]:
                 "; the integers beside the images are taken as labels: "
                 "give a dict of arguments where the model takes them"
             )
+        if doing == GRADIENTS:
+            reason = (
+                f"{reason.rstrip('.')}; write nothing in place in its forward, or use a metric "
+                "without gradient, 'mse'"
+            )
         raise DataError(
-            f"the model cannot take calibration images of shape {shapes}: {reason}"
+            f"the model cannot {doing} calibration images of shape {shapes}: {reason}"
         ) from error
 
 
@@ -129,7 +153,8 @@ def backward(outputs: Outputs, gradient: Gradient, batch: Batch) -> None:
             loss = output_loss(outputs.tensors, random)
         else:
             loss = probe_loss(outputs.tensors[0], gradient.kind, random, batch.labels)
-        loss.backward(retain_graph=probe + 1 < gradient.probes)
+        with taken_by_the_model(batch, GRADIENTS):
+            loss.backward(retain_graph=probe + 1 < gradient.probes)
 
 
 class frozen:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
+from ptq4vit_plugin.integrations.nncf.capture import run_by_all
 from ptq4vit_plugin.integrations.nncf.passes import run
 from ptq4vit_plugin.plan import FoundOp
 
@@ -113,13 +114,14 @@ def find_images(
     DataError
         The images are of several sizes.
     ModelError
-        An op computes with several images together.
+        An op computes with several images together, or not with every image alike.
     """
     one_size(data)
     before, after = _two_images(data)
     ports = [(op.name, port) for op in ops for port in _ports(op)]
     kept: dict[tuple[str, int], Tensor] = {}
     changed: dict[tuple[str, int], Tensor] = {}
+    irregular: list[str] = []
 
     def keep(place: tuple[str, int]) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
@@ -129,13 +131,23 @@ def find_images(
 
     def compare(place: tuple[str, int]) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
-            changed[place] = x != kept.pop(place)
+            if place in kept and kept[place].shape == x.shape:
+                changed[place] = x != kept.pop(place)
+            else:
+                irregular.append(place[0])
 
         return see
 
     for batch, look in ((before, keep), (after, compare)):
         with hooks.watching(model, {place: look(place) for place in ports}, {}):
             run(model, batch.to(model))
+    irregular += [name for name, _ in kept]
+    if irregular:
+        raise ModelError(
+            f"compensate: {irregular[0]} runs for some images only, or takes more numbers of some "
+            "than of others, so that the float and the quantized model cannot run side by side; "
+            "use algorithm: ptq4vit"
+        )
     found = {}
     for op in ops:
         masks = [changed[op.name, p] for p in _ports(op) if (op.name, p) in changed]
@@ -214,6 +226,11 @@ def run_side_by_side(
         are not visited, and stay as they are in both halves.
     traced
         How many images the shapes of the ops are of.
+
+    Raises
+    ------
+    DataError
+        The batch does not run all ops.
     """
     images = sum(map(len, data))
     ops = [op for op in ops if places.get(op.name) is not None]
@@ -257,5 +274,5 @@ def run_side_by_side(
     inputs = {(op.name, port): keep((op.name, port)) for op in ops for port in _ports(op)}
     outputs = {op.name: treat(op) for op in ops}
     whole = reduce(Batch.joined, [batch.to(model) for batch in data])
-    with hooks.watching(model, inputs, outputs):
+    with run_by_all(model, [whole], ops), hooks.watching(model, inputs, outputs):
         run(model, whole.joined(whole))
