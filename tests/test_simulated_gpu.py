@@ -75,6 +75,15 @@ def test_it_is_saved_and_loaded_as_on_the_cpu(quantized, images, model, tmp_path
     assert torch.equal(again(OnDevice(images[0])).inner, quantized[1](OnDevice(images[0])).inner)
 
 
+def test_an_interrupted_search_goes_on_there(quantized, images, model, tmp_path):
+    compression = {"algorithm": "ptq4vit", **FEW}
+    ptq.quantize(on_device(model), images, compression, resume=tmp_path)
+    assert any(tmp_path.rglob("*.safetensors"))
+    again = ptq.quantize(on_device(model), images, compression, resume=tmp_path)
+    x = OnDevice(images[0])
+    assert torch.equal(again(x).inner, quantized[1](x).inner)
+
+
 def test_it_is_evaluated_as_on_the_cpu(quantized, images, model):
     data = [(x, torch.arange(8) % 5) for x in images]
     here, there = quantized
