@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
 from ptq4vit_plugin import __version__
 from ptq4vit_plugin import checkpoint as checkpoints
+from ptq4vit_plugin.config import yaml_text
 from ptq4vit_plugin.errors import CheckpointError
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.files import output_folder, written_whole
@@ -202,7 +202,7 @@ def card(
         header["base_model"] = f"timm/{full}"
     lines = [
         "---",
-        yaml.safe_dump(header, sort_keys=False).strip(),
+        yaml_text(header).strip(),
         "---",
         "",
         f"# {name}, quantized",
@@ -229,7 +229,7 @@ def card(
         lines += ["## Where the scales come from", "", *_provenance(record, config), ""]
     if config is not None:
         lines += ["## Config", "", "```yaml"]
-        lines += [yaml.safe_dump(config, sort_keys=False).strip(), "```", ""]
+        lines += [yaml_text(config).strip(), "```", ""]
     lines += [
         "## Licence of the weights",
         "",

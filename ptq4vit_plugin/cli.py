@@ -324,9 +324,7 @@ def config(
         found = configs.schema(report=lambda message: typer.echo(f"left out: {message}", err=True))
         typer.echo(json.dumps(found, indent=2))
     else:
-        import yaml
-
-        typer.echo(yaml.safe_dump(configs.read(file).dump(), sort_keys=False), nl=False)
+        typer.echo(configs.yaml_text(configs.read(file).dump()), nl=False)
 
 
 def _options(group: str, name: str) -> str:

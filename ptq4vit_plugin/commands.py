@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch import nn
 
@@ -23,7 +22,7 @@ from ptq4vit_plugin import artefacts, registry
 from ptq4vit_plugin import checkpoint as checkpoints
 from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.algorithms.finished import remove
-from ptq4vit_plugin.config import Config, parse
+from ptq4vit_plugin.config import Config, parse, yaml_text
 from ptq4vit_plugin.data import calibration_images, loader, open_dataset
 from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError, one_line
 from ptq4vit_plugin.evaluation import Metrics
@@ -170,7 +169,7 @@ def measured(
 
 def write_run(folder: Path, config: Config, results: dict[str, Any]) -> None:
     """Write a run's measurements and its resolved config, and the report if it can be drawn."""
-    write_text(folder / CONFIG, yaml.safe_dump(config.dump(), sort_keys=False))
+    write_text(folder / CONFIG, yaml_text(config.dump()))
     write_text(folder / RESULTS, json_text(results))
     if not reports.missing():
         reports.write_report(folder)

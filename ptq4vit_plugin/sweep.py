@@ -37,7 +37,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import Config, UserPath, load_file, parse
+from .config import Config, UserPath, load_file, parse, yaml_value
 from .errors import ConfigError, nearest, one_line
 from .evaluation import Metrics
 from .files import json_text, unwritable
@@ -209,8 +209,8 @@ def assignment(text: str) -> tuple[str, Any]:
     """
     key, value = _split(text, "--set")
     try:
-        return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:  # the latter: a date that there is not
+        return key, yaml_value(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = getattr(error, "problem", None) or one_line(error)
         raise ConfigError(f"--set {text}: not valid YAML: {reason}") from error
 
