@@ -29,7 +29,13 @@ from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
 from ptq4vit_plugin.exporting import check_options, exporter_of
 from ptq4vit_plugin.exporting import export as export_model
-from ptq4vit_plugin.files import json_text, no_other_run, output_folder, written_whole
+from ptq4vit_plugin.files import (
+    json_text,
+    no_other_run,
+    output_folder,
+    pointed_to,
+    written_whole,
+)
 from ptq4vit_plugin.integrations.device import local_device
 from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks, wait_for_all
 from ptq4vit_plugin.integrations.nncf.kernels import compiled_meanwhile
@@ -94,7 +100,7 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
         extra = {"config": config.dump()}
         path = artefacts.save(done.quantized, folder, extra=extra)
         for name in (RESULTS, CONFIG, reports.REPORT):  # of another run, whose checkpoint is gone
-            (folder / name).unlink(missing_ok=True)
+            pointed_to(folder / name).unlink(missing_ok=True)
         try:
             metrics, results = measured(config, done, not silent)
             if not silent and metrics is not None:
@@ -105,12 +111,15 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
         except PTQ4ViTError as error:
             raise type(error)(f"{error} (the quantized model is saved: {path})") from error
         remove(folder / FINISHED)
-        event("written", folder=str(folder), files=[path.name, artefacts.CARD, RESULTS, CONFIG])
+        files = [path.name, artefacts.CARD, RESULTS, CONFIG]
+        if not reports.missing():
+            files.append(reports.REPORT)
+        event("written", folder=str(folder), files=files)
         if not silent:
             record = record_of(done.quantized)
             if record is not None:
                 Console().print(cost_line(record))
-            print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
+            print(f"written: {folder}/{', '.join(files)}")
             if absent := reports.missing():
                 print(f"no report: it needs {' and '.join(absent)} (ptq4vit-plugin[report])")
 

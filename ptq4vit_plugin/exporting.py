@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Mapping
 from numbers import Real
@@ -26,7 +27,7 @@ from ptq4vit_plugin.errors import (
     one_line,
 )
 from ptq4vit_plugin.exporter import Exporter
-from ptq4vit_plugin.files import file_mode, unwritable
+from ptq4vit_plugin.files import file_mode, unwritable, written_whole
 from ptq4vit_plugin.integrations.nncf.batch import batches
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.nncf.passes import frozen
@@ -152,7 +153,12 @@ def export(
                 _not_a_folder(path.parent / file.name)
                 file.chmod(file_mode())  # not all libraries leave it to the umask
             for file in files:
-                file.replace(path.parent / file.name)
+                place = path.parent / file.name
+                if place.is_symlink():
+                    with written_whole(place) as copy:
+                        shutil.copyfile(file, copy)
+                else:
+                    file.replace(place)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
     return ExportReport(

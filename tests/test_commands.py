@@ -225,6 +225,22 @@ def test_a_run_that_fails_in_evaluation_goes_on_and_leaves_no_older_results(
     assert not (folder / "finished-ops").exists()
 
 
+def test_links_in_the_run_folder_stay(tmp_path, run):
+    folder, kept = tmp_path / "run", tmp_path / "kept"
+    names = ["model.safetensors", "README.md", "results.json", "config.yaml", "report.html"]
+    folder.mkdir()
+    kept.mkdir()
+    for name in names:
+        (kept / name).write_text("earlier")
+        (folder / name).symlink_to(f"../kept/{name}")
+    result = run("quantize", config_file(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in kept.iterdir()) == sorted(names)
+    for name in names:
+        assert (folder / name).is_symlink() and (kept / name).read_bytes() != b"earlier"
+    assert result.stdout.splitlines()[-1] == f"written: {folder}/{', '.join(names)}"
+
+
 def test_two_runs_in_one_folder(tmp_path, run):
     with no_other_run(output_folder(tmp_path / "run")):
         assert_refused(run("quantize", config_file(tmp_path)), "another run", "--output")

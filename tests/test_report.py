@@ -254,3 +254,24 @@ def test_nncf_logs_to_standard_error_while_a_command_runs(capsys):
     said = capsys.readouterr()
     assert said.out == "" and "one" in said.err and "three" in said.err and "two" not in said.err
     assert [getattr(handler, "stream", None) for handler in log.handlers] == streams
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_nncf_tells_of_its_kernels_only_where_they_are_compiled(capsys, monkeypatch, compiled):
+    monkeypatch.setattr("ptq4vit_plugin.integrations.nncf.kernels.are_compiled", lambda: compiled)
+    log = logging.getLogger("nncf")
+    level = log.level
+    with nncf_messages():
+        log.info("compiling")
+        log.warning("one")
+    said = capsys.readouterr().err
+    assert ("compiling" in said) != compiled and "one" in said and log.level == level
+
+
+def test_kernels_are_compiled_once_they_were_used():
+    from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+
+    from ptq4vit_plugin.integrations.nncf.kernels import are_compiled
+
+    QuantizedFunctionsCPU.get("Quantize_forward")
+    assert are_compiled()

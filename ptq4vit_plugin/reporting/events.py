@@ -45,15 +45,18 @@ def json_lines(stream: TextIO) -> Iterator[None]:
 
 @contextmanager
 def nncf_messages(quiet: bool = False) -> Iterator[None]:
-    """While the context lasts, what NNCF logs goes to standard error, and only errors if `quiet`.
+    """While the context lasts, what NNCF warns of goes to standard error, and only errors if
+    `quiet`.
 
-    Standard output, where it would go, is for what a command was asked for.
+    Standard output, where it would go, is for what a command was asked for. What NNCF merely tells
+    is shown where its kernels have yet to be compiled, because that takes most of a minute.
     """
+    from ptq4vit_plugin.integrations.nncf.kernels import are_compiled
+
     log = logging.getLogger("nncf")
     handlers = [h for h in log.handlers if hasattr(h, "setStream")]
     streams, level = [h.setStream(sys.stderr) for h in handlers], log.level
-    if quiet:
-        log.setLevel(logging.ERROR)
+    log.setLevel(logging.ERROR if quiet else logging.WARNING if are_compiled() else level)
     try:
         yield
     finally:
