@@ -7,6 +7,7 @@ model card made from what the checkpoint knows. Nothing else is read when it is 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ def locate(path: str | Path) -> Path:
             detail = " ".join(str(error).split())[:300]
             raise CheckpointError(f"'{path}' cannot be had from the hub: {detail}") from error
     path = Path(str(path).removeprefix(LOCAL))
-    return path / CHECKPOINT if path.is_dir() else path
+    # Unlike the method of Path, this takes any text: no file has so long a name, say.
+    return path / CHECKPOINT if os.path.isdir(path) else path
 
 
 def upload(folder: str | Path, name: str, private: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -103,8 +104,6 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
             pointed_to(folder / name).unlink(missing_ok=True)
         try:
             metrics, results = measured(config, done, not silent)
-            if not silent and metrics is not None:
-                Console().print(metrics_table(metrics))
             artefacts.write_card(done.quantized, folder, extra=extra, metrics=metrics)
             results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
             write_run(folder, config, results)
@@ -115,7 +114,9 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
         if not reports.missing():
             files.append(reports.REPORT)
         event("written", folder=str(folder), files=files)
-        if not silent:
+        if not silent:  # last: standard output may take no more
+            if metrics is not None:
+                Console().print(metrics_table(metrics))
             record = record_of(done.quantized)
             if record is not None:
                 Console().print(cost_line(record))
@@ -320,7 +321,7 @@ def export(
         config = _saved_config(checkpoint)
     images = None if config is None else calibration(config, model)
     path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}{family.suffix}")
-    folder = path if path.is_dir() else path.parent
+    folder = path if os.path.isdir(path) else path.parent
     results = folder / RESULTS
     known = _known(results)
     report = export_model(
@@ -351,13 +352,13 @@ def _console() -> Console:
 
 def _known(results: Path) -> dict[str, Any]:
     """What a ``results.json`` says, to be written again with more; empty if there is none."""
-    if not results.exists():
+    if not os.path.exists(results):
         return {}
     try:
         known = json.loads(results.read_text(encoding="utf-8"))
         if not isinstance(known, dict) or not isinstance(known.get("exports", {}), dict):
             raise ValueError("not what a run or an export wrote")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PTQ4ViTError(
             f"'{results}' is damaged: {error}; mend or remove it, an export adds to it"
         ) from error

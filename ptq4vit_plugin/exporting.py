@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -226,7 +227,7 @@ def exporter_of(path: Path) -> Exporter:
 def _target(path: Path, format: str, exporter: Exporter) -> Path:
     """The file to write."""
     suffix = exporter.suffix
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / f"model-{format}{suffix}"
     elif not path.suffix:
         path = path.with_name(path.name + suffix)
@@ -246,7 +247,7 @@ def _target(path: Path, format: str, exporter: Exporter) -> Path:
 
 
 def _not_a_folder(path: Path) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"export: '{path}' is a folder; move it, or give another file")
 
 

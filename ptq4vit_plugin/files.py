@@ -18,6 +18,8 @@ from ptq4vit_plugin.errors import PTQ4ViTError, one_line
 
 #: Name of the file in a run folder that is locked while a run writes to it.
 LOCK = ".lock"
+#: What `json_text` writes for numbers that JSON lacks.
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def output_folder(folder: Path) -> Path:
@@ -118,7 +120,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return NOT_FINITE[0 if math.isnan(value) else 1 if value > 0 else 2]
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
