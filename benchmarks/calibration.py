@@ -5,10 +5,11 @@
     python benchmarks/calibration.py grow images
     python benchmarks/calibration.py plot
 
-Each part puts its numbers into ``benchmarks/calibration.json``; `plot` draws those of `grow` into
-``docs/calibration-growth.svg``. Ratios are of times measured in one run on one machine. Images are
-noise unless --npz names a file, and weights random unless --weights names a checkpoint: costs
-hardly depend on either.
+Each part puts its numbers into the file --results, ``calibration.json`` in the working directory if
+not given; `plot` draws those of `grow` into --drawing, ``calibration-growth.svg`` there. The
+repository's own are ``benchmarks/calibration.json`` and ``docs/calibration-growth.svg``. Ratios
+are of times measured in one run on one machine. Images are noise unless --npz names a file, and
+weights random unless --weights names a checkpoint: costs hardly depend on either.
 
 The *literal procedure* is written out here, independently of the package: for every op a forward
 and backward pass, then three rounds of 100 candidates for each operand, every candidate's output by
@@ -42,9 +43,8 @@ from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.timm.attention import unfuse_attention
 from ptq4vit_plugin.record import record_of
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "calibration.json"
-PLOT = HERE.parent / "docs" / "calibration-growth.svg"
+RESULTS = Path("calibration.json")
+DRAWING = Path("calibration-growth.svg")
 CANDIDATES, ROUNDS = 100, 3
 #: What `grow` varies; everything else stays at depth 3, 197 tokens, 16 images.
 GROWTH = {"images": (16, 32, 64, 128), "depth": (3, 6, 12), "tokens": (65, 197, 577)}
@@ -231,7 +231,7 @@ def cost(args):
             args.tries,
         )
         result |= {"literal_seconds": literal, "literal_kinds": kinds, "ratio": literal / seconds}
-    keep("cost", result)
+    keep(args.results, "cost", result)
 
 
 def memory(args):
@@ -240,6 +240,7 @@ def memory(args):
     fields = {"search_range": {"n": args.candidates}, "rounds": 1}
     found, _ = calibrate(model, images_for(model, args, args.images), bits=8, **fields)
     keep(
+        args.results,
         "memory",
         {
             "model": args.model,
@@ -263,6 +264,7 @@ def gap(args):
         if other.objective_after > 0:
             gaps[one.kind].append(one.objective_after / other.objective_after - 1)
     keep(
+        args.results,
         "gap",
         {
             "model": args.model,
@@ -290,7 +292,7 @@ def grow(args):
     if args.value is None:
         for value in GROWTH[args.dimension]:
             command = [sys.executable, __file__, "grow", args.dimension, "--value", str(value)]
-            subprocess.run(command, check=True)
+            subprocess.run([*command, "--results", str(args.results)], check=True)
         return
     work = {"images": 16, "depth": 3, "tokens": 197, args.dimension: args.value}
     model = build(args, depth=work["depth"], img_size=SIZES[work["tokens"]])
@@ -298,6 +300,7 @@ def grow(args):
     found, seconds = calibrate(model, images, bits=8)
     one_pass, _ = forward_backward_seconds(model, images)
     keep(
+        args.results,
         "grow",
         {
             "model": args.model,
@@ -319,7 +322,10 @@ def plot(args):
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    points = json.loads(RESULTS.read_text())["grow"]
+    try:
+        points = json.loads(args.results.read_text())["grow"]
+    except (OSError, KeyError) as error:
+        raise SystemExit(f"plot: {args.results} has no points of `grow`: {error}") from error
     figure, axes = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained")
     for axis, dimension in zip(axes, GROWTH, strict=True):
         mine = {p[dimension]: p["seconds"] for p in points if p["dimension"] == dimension}
@@ -330,26 +336,34 @@ def plot(args):
         axis.minorticks_off()
     axes[0].set_ylabel("seconds")
     axes[0].legend()
-    figure.savefig(PLOT)
-    print(PLOT)
+    figure.savefig(args.drawing)
+    print(args.drawing)
 
 
-def keep(part, result):
-    """Print a result and put it into the file, in place of an earlier one of the same work."""
+def keep(path, part, result):
+    """Print a result and put it into a file, in place of an earlier one of the same work."""
     print(json.dumps(result, indent=2))
-    everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    everything = json.loads(path.read_text()) if path.exists() else {}
     work = ("model", "args", "weights", "images", "bits", "dimension", "depth", "tokens")
     same = [result.get(name) for name in work]
     others = [r for r in everything.get(part, []) if [r.get(name) for name in work] != same]
     everything[part] = [*others, result]
-    RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
+    path.write_text(json.dumps(everything, indent=1) + "\n")
 
 
-def main():
+def main(given=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FILE",
+        help=f"JSON file of the numbers (default: {RESULTS} in the working directory)",
+    )
     for run in (cost, memory, gap):
-        part = parts.add_parser(run.__name__, help=run.__doc__)
+        part = parts.add_parser(run.__name__, help=run.__doc__, parents=[common])
         part.add_argument("model")
         part.add_argument("--images", type=int, default=4 if run is gap else 32)
         part.add_argument("--bits", type=int, default=8)
@@ -362,12 +376,20 @@ def main():
         if run is cost:
             part.add_argument("--tries", type=int, default=3, help="candidates timed per operand")
             part.add_argument("--no-literal", dest="literal", action="store_false")
-    part = parts.add_parser("grow", help=grow.__doc__)
+    part = parts.add_parser("grow", help=grow.__doc__, parents=[common])
     part.add_argument("dimension", choices=GROWTH)
     part.add_argument("--value", type=int, help="one point only")
     part.set_defaults(run=grow, model="vit_tiny_patch16_224", weights=None, args={}, npz=None)
-    parts.add_parser("plot", help=plot.__doc__).set_defaults(run=plot)
-    args = parser.parse_args()
+    part = parts.add_parser("plot", help=plot.__doc__, parents=[common])
+    part.add_argument(
+        "--drawing",
+        type=Path,
+        default=DRAWING,
+        metavar="FILE",
+        help=f"SVG file to write (default: {DRAWING} in the working directory)",
+    )
+    part.set_defaults(run=plot)
+    args = parser.parse_args(given)
     args.run(args)
 
 

@@ -1,4 +1,4 @@
-"""Quantize the smallest model of every attention family in timm and write ``docs/coverage.md``.
+"""Quantize the smallest model of every attention family in timm and write a table of them.
 
     python benchmarks/coverage.py survey     find the families, and the smallest model of each
     python benchmarks/coverage.py measure    plan, count, quantize, save and load them, one by one
@@ -10,7 +10,9 @@ A *family* is one of timm's modules (``timm.models.list_modules()``) with a mode
 two computed tensors with each other, which is what attention does. Variants of a module are tried
 from the smallest on (one per pair of leading name parts, such as ``mobilenetv4_hybrid``); whether
 one has attention is seen from the functions that it calls. Results are kept in
-``benchmarks/coverage.json`` after every model, so both steps go on where they were stopped.
+--results after every model, so all steps go on where they were stopped; `write` makes --page of
+them. Both are in the working directory if not given. The repository's own are
+``benchmarks/coverage.json`` and ``docs/coverage.md``.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 from calls import PRODUCTS, Calls  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "coverage.json"
-PAGE = ROOT / "docs" / "coverage.md"
+RESULTS = Path("coverage.json")
+PAGE = Path("coverage.md")
 
 SIZES = (56, 64, 96, 112, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 IMAGES = 2
@@ -95,7 +97,7 @@ class _NoInitialization(TorchFunctionMode):
 # --- families -------------------------------------------------------------------------------------
 
 
-def survey(results: dict[str, Any], deadline: float) -> None:
+def survey(path: Path, results: dict[str, Any], deadline: float) -> None:
     """The smallest model with attention of each of timm's modules."""
     families = results.setdefault("families", {})
     for module in timm.models.list_modules():
@@ -107,7 +109,7 @@ def survey(results: dict[str, Any], deadline: float) -> None:
         if module not in sizes:
             sizes[module] = {name: _parameters(name) for name in timm.list_models(module=module)}
         families[module] = _smallest_with_attention(sizes[module])
-        store(results)
+        store(path, results)
         print(module, families[module], flush=True)
 
 
@@ -396,13 +398,13 @@ def planning_seconds(name: str = "vit_base_patch16_224") -> float:
     return time.process_time() - started
 
 
-def write(results: dict[str, Any]) -> None:
+def write(path: Path, results: dict[str, Any]) -> None:
     """The page with one row per family."""
     models = {m: name for m, name in sorted(results["families"].items()) if name}
     rows = {m: results["models"][m] for m in models if m in results.get("models", {})}
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n".join(page(results, rows)) + "\n", encoding="utf-8")
-    print(PAGE)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(page(results, rows)) + "\n", encoding="utf-8")
+    print(path)
 
 
 def page(results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -581,35 +583,49 @@ def _openvino(result: dict[str, Any]) -> str | None:
     return f"{result['openvino_db']:.0f}{'ʰ' * heads}"
 
 
-def store(results: dict[str, Any]) -> None:
+def store(path: Path, results: dict[str, Any]) -> None:
     """Keep what is known so far."""
-    part = RESULTS.with_suffix(".part")
+    part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    part.replace(RESULTS)
+    part.replace(path)
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=("survey", "measure", "export", "files", "write"))
     parser.add_argument("families", nargs="*", help="only these; measured again if they were")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")
-    options = parser.parse_args()
+    for name, default, what in (
+        ("--results", RESULTS, "JSON file of what is known"),
+        ("--page", PAGE, "Markdown file that `write` writes"),
+    ):
+        parser.add_argument(
+            name,
+            type=Path,
+            default=default,
+            metavar="FILE",
+            help=f"{what} (default: {default} in the working directory)",
+        )
+    options = parser.parse_args(given)
+    path = options.results
     warnings.filterwarnings("ignore")
     deadline = time.monotonic() + options.seconds
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if options.step != "survey" and "families" not in results:
+        parser.error(f"{path} has no families; `survey` finds them, or give --results")
     if options.step == "survey":
-        survey(results, deadline)
+        survey(path, results, deadline)
     elif options.step == "write":
-        write(results)
+        write(options.page, results)
     else:
         models = results.setdefault("models", {})
         if "plan_vit_b_seconds" not in results:
             results["plan_vit_b_seconds"] = planning_seconds()
-            store(results)
+            store(path, results)
         families = {m: name for m, name in results["families"].items() if name}
         if unknown := set(options.families) - set(families):
-            parser.error(f"no family: {', '.join(sorted(unknown))}; see `families` in {RESULTS}")
+            parser.error(f"no family: {', '.join(sorted(unknown))}; see `families` in {path}")
         key = {
             "measure": "seconds",
             "export": "openvino_seconds",
@@ -627,7 +643,7 @@ def main() -> None:
                 kept = models.get(module, {"model": families[module]})
                 kept = {k: v for k, v in kept.items() if not k.startswith("openvino")}
                 models[module] = kept | exported(families[module])
-            store(results)
+            store(path, results)
             print(row(module, models[module]), models[module].get("failure", ""), flush=True)
 
 

@@ -49,6 +49,14 @@ NO_SATURATION = {
 }
 
 
+def given(arguments: argparse.Namespace, what: str) -> Trained | None:
+    """The trained models of --trained; without any, it is said what is skipped."""
+    if arguments.trained is None or not (arguments.trained / "data.npz").exists():
+        print(f"{what}: skipped, no folder with a trained model (--trained FOLDER)")
+        return None
+    return Trained(arguments.trained)
+
+
 def settings(bits: int, **more) -> dict:
     """A compression config; its search is coarse."""
     return {
@@ -137,14 +145,12 @@ def accumulators(
 
 def ops(arguments: argparse.Namespace) -> None:
     """Compare codes and accumulators op by op."""
-    if arguments.trained is not None:
-        trained = Trained(arguments.trained)
+    trained = given(arguments, "trained models")
+    if trained is not None:
         for name in TRAINED:
             for bits in BITS:
                 title = f"{name} W{bits}A{bits}"
                 keep(arguments, "ops", title, trained_ops, trained, name, settings(bits))
-    else:
-        print("no folder with a trained model (--trained FOLDER): random ones only")
     for name in RANDOM:
         for bits in BITS:
             config = settings(bits, metric="mse", search_range={"n": 4})
@@ -170,7 +176,8 @@ def random_ops(name: str, config: dict) -> dict:
 
 def whole(arguments: argparse.Namespace) -> None:
     """Compare whole models with the float model and with the simulation, in every format."""
-    trained = Trained(arguments.trained)
+    if (trained := given(arguments, "whole")) is None:
+        return
     plans = {f"W{bits}A{bits}": settings(bits) for bits in BITS}
     plans["W7A8, products of attention 7"] = settings(8, **NO_SATURATION)
     for name in TRAINED:
@@ -237,7 +244,8 @@ def agreement(first: Tensor, second: Tensor) -> float:
 
 def quantizers(arguments: argparse.Namespace) -> None:
     """Compare what can quantize the output of softmax, and of GELU."""
-    trained = Trained(arguments.trained)
+    if (trained := given(arguments, "quantizers")) is None:
+        return
     choices = {
         "softmax twin": {},
         "softmax uniform": {"twin": {"softmax": False}},
@@ -322,19 +330,17 @@ def table(arguments: argparse.Namespace) -> None:
         )
 
 
-def main(given: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(required=True)
     for run in (ops, whole, quantizers, table):
         part = parts.add_parser(run.__name__, help=run.__doc__)
-        part.add_argument(
-            "--trained", type=Path, metavar="FOLDER", required=run in (whole, quantizers)
-        )
+        part.add_argument("--trained", type=Path, metavar="FOLDER")
         part.add_argument("--results", type=Path, default=RESULTS)
         part.add_argument("--only", default="", metavar="PATTERN", help="of titles in the results")
         part.set_defaults(run=run)
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
 

@@ -6,6 +6,7 @@ Ops are found on the graph of the forward pass, whatever the modules are called:
 of attention below are plain `@`, the feed-forward's activation is a function.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def main() -> None:
     compression = {"algorithm": "ptq4vit", "weights": {"bits": 6}, "activations": {"bits": 6}}
     quantized = quantize(model, calibration.split(8), compression)
 
-    console = Console()
+    # In a pipe or a file there is no window to fit: names stay whole.
+    console = Console(width=None if sys.stdout.isatty() else 1000)
     console.print(record_table(describe(quantized)))
     with torch.no_grad():
         sqnr = logit_sqnr(model(others), quantized(others))

@@ -9,11 +9,11 @@ is.
 """
 
 import argparse
+import sys
 import time
 from types import SimpleNamespace
 
 import nncf
-import timm
 import torch
 from rich.console import Console
 
@@ -21,6 +21,8 @@ from ptq4vit_plugin import describe, quantize
 from ptq4vit_plugin.data import calibration_images, open_dataset
 from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
+from ptq4vit_plugin.integrations.timm.images import preprocessing
+from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.reporting.tables import record_table
 
 
@@ -36,10 +38,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration images (default 32)")
     parser.add_argument("--bits", type=int, default=8, help="2 to 8 (default 8)")
     arguments = parser.parse_args()
-    console = Console()
+    # In a pipe or a file there is no window to fit: names stay whole.
+    console = Console(width=None if sys.stdout.isatty() else 1000)
 
     torch.manual_seed(0)
-    model = timm.create_model(arguments.model, pretrained=arguments.pretrained).eval()
+    # As timm.create_model; an unknown name is answered with the nearest that there is.
+    model = create(Recipe(name=arguments.model), pretrained=arguments.pretrained)
     if arguments.images:
         folder = SimpleNamespace(source="folder", root=arguments.images, options={})
         photographs = open_dataset(folder, ".", model)
@@ -49,8 +53,7 @@ def main() -> None:
         images = torch.cat(list(drawn.get_inference_data()))
     else:
         console.print("no --images: random images, so the numbers below mean little")
-        size = timm.data.resolve_model_data_config(model)["input_size"]
-        images = torch.randn(2 * arguments.samples, *size)
+        images = torch.randn(2 * arguments.samples, *preprocessing(model).input_size)
     if not arguments.pretrained:
         console.print("no --pretrained: random weights, so the numbers below mean little")
     half = len(images) // 2
@@ -84,4 +87,5 @@ if __name__ == "__main__":
     try:
         main()
     except PTQ4ViTError as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

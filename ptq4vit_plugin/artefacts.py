@@ -7,17 +7,18 @@ model card made from what the checkpoint knows. Nothing else is read when it is 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
 from ptq4vit_plugin import __version__
 from ptq4vit_plugin import checkpoint as checkpoints
+from ptq4vit_plugin.config import yaml_text
 from ptq4vit_plugin.errors import CheckpointError
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.files import output_folder, written_whole
@@ -133,7 +134,8 @@ def locate(path: str | Path) -> Path:
             detail = " ".join(str(error).split())[:300]
             raise CheckpointError(f"'{path}' cannot be had from the hub: {detail}") from error
     path = Path(str(path).removeprefix(LOCAL))
-    return path / CHECKPOINT if path.is_dir() else path
+    # Unlike the method of Path, this takes any text: no file has so long a name, say.
+    return path / CHECKPOINT if os.path.isdir(path) else path
 
 
 def upload(folder: str | Path, name: str, private: bool = False) -> str:
@@ -202,7 +204,7 @@ def card(
         header["base_model"] = f"timm/{full}"
     lines = [
         "---",
-        yaml.safe_dump(header, sort_keys=False).strip(),
+        yaml_text(header).strip(),
         "---",
         "",
         f"# {name}, quantized",
@@ -229,7 +231,7 @@ def card(
         lines += ["## Where the scales come from", "", *_provenance(record, config), ""]
     if config is not None:
         lines += ["## Config", "", "```yaml"]
-        lines += [yaml.safe_dump(config, sort_keys=False).strip(), "```", ""]
+        lines += [yaml_text(config).strip(), "```", ""]
     lines += [
         "## Licence of the weights",
         "",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ptq4vit_plugin.errors import CheckpointError
+from ptq4vit_plugin.errors import CheckpointError, one_line
 from ptq4vit_plugin.files import json_text, written_whole
 from ptq4vit_plugin.integrations.device import device_of
 from ptq4vit_plugin.integrations.integer import checkpoint as integer
@@ -141,20 +141,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         model = hooks.restore(model, metadata.nncf).to(device)
     except nncf.InternalError as error:
-        raise CheckpointError(f"'{path}': {error}") from error
-    except (
-        Exception
-    ) as error:  # a config that was edited can fail anywhere in the classes that it names
-        raise CheckpointError(
-            f"'{path}': its quantizers cannot be rebuilt: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"'{path}': {one_line(error)}") from error
+    # A config that was edited can fail anywhere in the classes that it names.
+    except Exception as error:
+        detail = f"{type(error).__name__}: {one_line(error)[:300]}"
+        raise CheckpointError(f"'{path}': its quantizers cannot be rebuilt: {detail}") from error
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
         match_types(model, state)
         model.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
-        detail = " ".join(str(error).split())[:300]
+        detail = one_line(error)[:300]
         raise CheckpointError(f"'{path}' is of another model: {detail}") from error
     if metadata.record is not None:
         attach(model, metadata.record)

@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import sys
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,12 @@ import typer
 
 from . import registry
 from .errors import PTQ4ViTError, RegistryError
+
+
+def _say(line: str) -> None:
+    """Write to standard error, if it takes anything: the exit code tells the same."""
+    with suppress(OSError):
+        typer.echo(line, err=True)
 
 
 class _Group(typer.core.TyperGroup):
@@ -28,15 +35,19 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except PTQ4ViTError as error:
-            typer.echo(f"error: {error}", err=True)
+            _say(f"error: {error}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            typer.echo("interrupted", err=True)
+            _say("interrupted")
             raise typer.Exit(130) from error
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            # A place that the machine does not give, whichever command asked for it.
+            place = "standard output" if error.errno == errno.ENOSPC else None
+            if error.filename is not None:
+                place = f"'{error.filename}'"
+            if place is None:
                 raise
-            typer.echo(f"error: standard output: {error.strerror}", err=True)
+            _say(f"error: {place}: {error.strerror}")
             raise typer.Exit(2) from error
 
 
@@ -324,9 +335,7 @@ def config(
         found = configs.schema(report=lambda message: typer.echo(f"left out: {message}", err=True))
         typer.echo(json.dumps(found, indent=2))
     else:
-        import yaml
-
-        typer.echo(yaml.safe_dump(configs.read(file).dump(), sort_keys=False), nl=False)
+        typer.echo(configs.yaml_text(configs.read(file).dump()), nl=False)
 
 
 def _options(group: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch import nn
 
@@ -23,14 +23,20 @@ from ptq4vit_plugin import artefacts, registry
 from ptq4vit_plugin import checkpoint as checkpoints
 from ptq4vit_plugin import sweep as sweeps
 from ptq4vit_plugin.algorithms.finished import remove
-from ptq4vit_plugin.config import Config, parse
+from ptq4vit_plugin.config import Config, parse, yaml_text
 from ptq4vit_plugin.data import calibration_images, loader, open_dataset
 from ptq4vit_plugin.errors import ConfigError, PTQ4ViTError, one_line
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.evaluation import evaluate as measure
 from ptq4vit_plugin.exporting import check_options, exporter_of
 from ptq4vit_plugin.exporting import export as export_model
-from ptq4vit_plugin.files import json_text, no_other_run, output_folder, written_whole
+from ptq4vit_plugin.files import (
+    json_text,
+    no_other_run,
+    output_folder,
+    pointed_to,
+    written_whole,
+)
 from ptq4vit_plugin.integrations.device import local_device
 from ptq4vit_plugin.integrations.distributed import process_group, rank, ranks, wait_for_all
 from ptq4vit_plugin.integrations.nncf.kernels import compiled_meanwhile
@@ -95,23 +101,26 @@ def quantize(config: Config, output: Path | None, quiet: bool, log_json: bool = 
         extra = {"config": config.dump()}
         path = artefacts.save(done.quantized, folder, extra=extra)
         for name in (RESULTS, CONFIG, reports.REPORT):  # of another run, whose checkpoint is gone
-            (folder / name).unlink(missing_ok=True)
+            pointed_to(folder / name).unlink(missing_ok=True)
         try:
             metrics, results = measured(config, done, not silent)
-            if not silent and metrics is not None:
-                Console().print(metrics_table(metrics))
             artefacts.write_card(done.quantized, folder, extra=extra, metrics=metrics)
             results["checkpoint"] = {"file": path.name, "bytes": path.stat().st_size}
             write_run(folder, config, results)
         except PTQ4ViTError as error:
             raise type(error)(f"{error} (the quantized model is saved: {path})") from error
         remove(folder / FINISHED)
-        event("written", folder=str(folder), files=[path.name, artefacts.CARD, RESULTS, CONFIG])
-        if not silent:
+        files = [path.name, artefacts.CARD, RESULTS, CONFIG]
+        if not reports.missing():
+            files.append(reports.REPORT)
+        event("written", folder=str(folder), files=files)
+        if not silent:  # last: standard output may take no more
+            if metrics is not None:
+                Console().print(metrics_table(metrics))
             record = record_of(done.quantized)
             if record is not None:
                 Console().print(cost_line(record))
-            print(f"written: {folder}/{path.name}, {artefacts.CARD}, {RESULTS}, {CONFIG}")
+            print(f"written: {folder}/{', '.join(files)}")
             if absent := reports.missing():
                 print(f"no report: it needs {' and '.join(absent)} (ptq4vit-plugin[report])")
 
@@ -170,7 +179,7 @@ def measured(
 
 def write_run(folder: Path, config: Config, results: dict[str, Any]) -> None:
     """Write a run's measurements and its resolved config, and the report if it can be drawn."""
-    write_text(folder / CONFIG, yaml.safe_dump(config.dump(), sort_keys=False))
+    write_text(folder / CONFIG, yaml_text(config.dump()))
     write_text(folder / RESULTS, json_text(results))
     if not reports.missing():
         reports.write_report(folder)
@@ -312,7 +321,7 @@ def export(
         config = _saved_config(checkpoint)
     images = None if config is None else calibration(config, model)
     path = output or checkpoint.with_name(f"{checkpoint.stem}-{format}{family.suffix}")
-    folder = path if path.is_dir() else path.parent
+    folder = path if os.path.isdir(path) else path.parent
     results = folder / RESULTS
     known = _known(results)
     report = export_model(
@@ -343,13 +352,13 @@ def _console() -> Console:
 
 def _known(results: Path) -> dict[str, Any]:
     """What a ``results.json`` says, to be written again with more; empty if there is none."""
-    if not results.exists():
+    if not os.path.exists(results):
         return {}
     try:
         known = json.loads(results.read_text(encoding="utf-8"))
         if not isinstance(known, dict) or not isinstance(known.get("exports", {}), dict):
             raise ValueError("not what a run or an export wrote")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PTQ4ViTError(
             f"'{results}' is damaged: {error}; mend or remove it, an export adds to it"
         ) from error

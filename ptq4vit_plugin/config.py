@@ -7,9 +7,10 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -19,16 +20,20 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    PydanticUserError,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 
 from . import registry
-from .errors import ConfigError, PTQ4ViTError, RegistryError, nearest
+from .errors import ConfigError, PTQ4ViTError, RegistryError, nearest, one_line
 
 #: A path as in a shell: ``~`` is the home folder.
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -153,7 +158,7 @@ def load_file(path: str | PathLike[str]) -> Any:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".json":
             return json.loads(text, object_pairs_hook=_no_key_twice)
-        return yaml.load(text, _Loader)
+        return yaml_value(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
@@ -161,11 +166,18 @@ def load_file(path: str | PathLike[str]) -> Any:
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}: not valid YAML{where}: {error.problem}") from error
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not valid: {one_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not valid: mappings or lists too deep in each other") from error
+
+
+#: A number that YAML 1.1, which PyYAML reads, takes for text: ``1e-3``, ``2.5e6``.
+_EXPONENT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping with a key that stands twice, of which YAML would take the last."""
+    """Refuses a mapping with a key that stands twice, of which YAML would take the last, and takes
+    ``1e-3`` for a number, as JSON, YAML 1.2 and whoever writes it do."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -178,6 +190,30 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text that `_Loader` would take for a number in quotes."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def yaml_value(text: str) -> Any:
+    """Return what YAML says.
+
+    Raises
+    ------
+    yaml.YAMLError, ValueError, RecursionError
+        It is not valid; the second is a date that there is not.
+    """
+    return yaml.load(text, _Loader)
+
+
+def yaml_text(value: Any) -> str:
+    """Return a value in the YAML that `read` reads, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -208,9 +244,9 @@ def parse(data: Any, origin: str) -> Config:
         keys = ", ".join(Config.model_fields)
         raise ConfigError(f"{origin}: is {_shown(data)}; allowed: a mapping with {keys}")
     try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(error, Config)}") from error
+        return _checked(Config, data)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def compression(value: Any) -> list[tuple[type[BaseModel], dict[str, Any]]]:
@@ -304,10 +340,7 @@ def _step(value: Any, key: str) -> tuple[str, type[BaseModel], dict[str, Any]]:
     for field in fields:  # here, because the constructor's `dataset` is no key of a config
         if field not in cls.model_fields:
             raise ConfigError(_unknown_key(f"{key}.", field, cls.model_fields))
-    try:
-        return name, cls, cls(**fields).model_dump(mode="json")
-    except ValidationError as error:
-        raise ConfigError(_explain(error, cls, f"{key}.")) from error
+    return name, cls, _checked(cls, fields, f"{key}.").model_dump(mode="json")
 
 
 def _algorithm(name: str) -> type[BaseModel]:
@@ -321,14 +354,93 @@ def _algorithm(name: str) -> type[BaseModel]:
     return cls
 
 
+def _checked(cls: type[Model], fields: dict[str, Any], prefix: str = "") -> Model:
+    """Make a model of what a config says, and take nothing for what it is not.
+
+    Raises
+    ------
+    ConfigError
+        One line.
+    """
+    problems, cause = [], None
+    try:
+        made = cls.model_validate(fields)
+    except ValidationError as error:
+        problems, cause = error.errors(), error
+    root = _json_schema(cls, tuple(registry.entries("quantizers")))
+    problems += _converted(root, _resolve(root, root), fields)
+    if problems:
+        raise ConfigError(_explain(problems, root, prefix)) from cause
+    return made
+
+
+@lru_cache
+def _json_schema(cls: type[BaseModel], registered: tuple[registry.Entry, ...]) -> dict[str, Any]:
+    """A model's JSON schema, made once for the quantizers that are registered: it names them, and
+    a sweep has many configs."""
+    try:
+        return cls.model_json_schema()
+    except PydanticUserError:  # a field of another distribution's type, which has none
+        return {}
+
+
+def _converted(
+    root: dict[str, Any], node: dict[str, Any], value: Any, path: tuple[str | int, ...] = ()
+) -> list[dict[str, Any]]:
+    """Problems of values that pydantic takes for a number or for true and false, and that are
+    something else: ``true`` for 1, ``"8"`` for 8, ``1`` and ``"yes"`` for true.
+
+    Strict models would refuse them too, but also a list where there is a tuple, and text where
+    there is a path; and algorithms of other distributions are not ours to make strict.
+    """
+    if isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        inside = ((key, item, _child(root, node, key)) for key, item in items)
+        return [
+            problem
+            for key, item, step in inside
+            if step is not None
+            for problem in _converted(root, step, item, (*path, key))
+        ]
+    # Nothing else is converted: a path or a date is made of text, which its schema says.
+    if type(value) in _JSON_TYPES and _kinds(root, node) & {"number", "integer", "boolean"}:
+        if not _is_taken(root, node, value):
+            return [{"type": "wrong_type", "loc": path, "input": value}]
+    return []
+
+
+_JSON_TYPES = {
+    bool: {"boolean"},
+    str: {"string"},
+    int: {"number", "integer"},
+    float: {"number", "integer"},
+}
+
+
+def _kinds(root: dict[str, Any], node: dict[str, Any]) -> set[str]:
+    """JSON's types that a schema allows, as far as it says so."""
+    node = _resolve(root, node)
+    inner = {kind for option in node.get("anyOf", []) for kind in _kinds(root, option)}
+    return inner | ({node["type"]} if "type" in node else set())
+
+
+def _is_taken(root: dict[str, Any], node: dict[str, Any], value: bool | str | float) -> bool:
+    """Whether a schema allows a value as it is, bounds aside."""
+    node = _resolve(root, node)
+    if "anyOf" in node:
+        return any(_is_taken(root, option, value) for option in node["anyOf"])
+    if "enum" in node or "const" in node:
+        return value in node.get("enum", [node.get("const")])
+    return "type" not in node or node["type"] in _JSON_TYPES[type(value)]
+
+
 # One line from pydantic's errors. What is allowed at a key is read from the JSON schema, which has
 # every constraint in one form, wherever in the annotations it was written.
 
 
-def _explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> str:
+def _explain(problems: Sequence[Any], root: dict[str, Any], prefix: str) -> str:
     """Say in one line what is wrong first, and how many other keys are wrong."""
-    root = cls.model_json_schema()
-    located = [(*_locate(root, problem), problem) for problem in error.errors()]
+    located = [(*_locate(root, problem), problem) for problem in problems]
     path = located[0][0]
     # A union reports each of its members: an error of ours says more than "not true or false".
     here = [entry for entry in located if entry[0] == path]
@@ -338,8 +450,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> 
     return _one_problem(root, prefix, path, node, problem) + more
 
 
-#: How pydantic calls a key that is none: of a model, and of a dataclass.
-UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+#: How pydantic calls a key that is none: of a model, of a dataclass, and one that is no text.
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument", "invalid_key")
 
 
 def _cause(problem: Any) -> PTQ4ViTError | None:
@@ -359,7 +471,10 @@ def _one_problem(
     key = (prefix + _dotted(path)).removesuffix(".")  # the path of a whole model is empty
     cause = _cause(problem)
     if kind in UNKNOWN:
-        return _unknown_key(key.removesuffix(str(path[-1])), path[-1], _keys(root, node))
+        inside = prefix + (f"{_dotted(path[:-1])}." if path[1:] else "")
+        return _unknown_key(inside, path[-1], _keys(root, node))
+    if problem["loc"][-1:] == ("[key]",) and not cause:
+        return f"{key}: the key {_shown(value)} is not allowed; allowed: text"
     if kind == "missing":
         return f"{key}: missing; allowed: {_allowed(root, node)}"
     if cause and path == ("compression",):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from numbers import Real
@@ -26,7 +28,7 @@ from ptq4vit_plugin.errors import (
     one_line,
 )
 from ptq4vit_plugin.exporter import Exporter
-from ptq4vit_plugin.files import file_mode, unwritable
+from ptq4vit_plugin.files import file_mode, unwritable, written_whole
 from ptq4vit_plugin.integrations.nncf.batch import batches
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.nncf.passes import frozen
@@ -152,7 +154,12 @@ def export(
                 _not_a_folder(path.parent / file.name)
                 file.chmod(file_mode())  # not all libraries leave it to the umask
             for file in files:
-                file.replace(path.parent / file.name)
+                place = path.parent / file.name
+                if place.is_symlink():
+                    with written_whole(place) as copy:
+                        shutil.copyfile(file, copy)
+                else:
+                    file.replace(place)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
     return ExportReport(
@@ -220,7 +227,7 @@ def exporter_of(path: Path) -> Exporter:
 def _target(path: Path, format: str, exporter: Exporter) -> Path:
     """The file to write."""
     suffix = exporter.suffix
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / f"model-{format}{suffix}"
     elif not path.suffix:
         path = path.with_name(path.name + suffix)
@@ -240,7 +247,7 @@ def _target(path: Path, format: str, exporter: Exporter) -> Path:
 
 
 def _not_a_folder(path: Path) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"export: '{path}' is a folder; move it, or give another file")
 
 

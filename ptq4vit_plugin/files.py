@@ -18,6 +18,8 @@ from ptq4vit_plugin.errors import PTQ4ViTError, one_line
 
 #: Name of the file in a run folder that is locked while a run writes to it.
 LOCK = ".lock"
+#: What `json_text` writes for numbers that JSON lacks.
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def output_folder(folder: Path) -> Path:
@@ -65,7 +67,7 @@ def no_other_run(folder: Path) -> Iterator[None]:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes ``path`` only when the context ends without an
-    error.
+    error. A symbolic link stays, and what it points to is replaced.
 
     Raises
     ------
@@ -75,20 +77,27 @@ def written_whole(path: Path) -> Iterator[Path]:
     path = Path(path)
     part = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the target's own folder, which may be on another file system than the link.
+        target = pointed_to(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         # The suffix stays, because writers look at it.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=path.suffix)
         os.close(handle)
         part = Path(name)
         yield part
         # mkstemp makes private files; a result is as readable as any other file of the user.
         part.chmod(file_mode())
-        part.replace(path)
+        part.replace(target)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+def pointed_to(path: Path) -> Path:
+    """Where a path that may be a symbolic link leads; the file need not exist."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def unwritable(path: Path, error: OSError | SafetensorError) -> PTQ4ViTError:
@@ -111,7 +120,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return NOT_FINITE[0 if math.isnan(value) else 1 if value > 0 else 2]
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ def read_header(path: Path, key: str, kind: str, schema: type[Header]) -> Header
                 f"{known}: install a newer ptq4vit-plugin"
             )
         return schema.model_validate_json(text)
-    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:  # pydantic's is a ValueError
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(f"'{path}' has damaged metadata: {detail}") from error
 

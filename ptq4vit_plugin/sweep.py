@@ -37,10 +37,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import Config, UserPath, load_file, parse
+from .config import Config, UserPath, load_file, parse, yaml_value
 from .errors import ConfigError, nearest, one_line
 from .evaluation import Metrics
-from .files import json_text, unwritable
+from .files import NOT_FINITE, json_text, unwritable
 
 RESULTS = "results.jsonl"
 #: Bytes of a cell's folder name that its labels may take.
@@ -80,6 +80,13 @@ class Parts(BaseModel):
     gelu_twin: bool
 
 
+class Seconds(BaseModel):
+    """What a cell took."""
+
+    calibration: float
+    evaluation: float = 0.0
+
+
 class Result(BaseModel):
     """What a line of ``results.jsonl`` has at least, so that tables can be made of it.
 
@@ -98,7 +105,7 @@ class Result(BaseModel):
     activation_bits: int | None
     samples: int
     metrics: Metrics
-    seconds: dict[str, float]
+    seconds: Seconds
 
 
 @dataclass(frozen=True)
@@ -209,8 +216,8 @@ def assignment(text: str) -> tuple[str, Any]:
     """
     key, value = _split(text, "--set")
     try:
-        return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:  # the latter: a date that there is not
+        return key, yaml_value(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = getattr(error, "problem", None) or one_line(error)
         raise ConfigError(f"--set {text}: not valid YAML: {reason}") from error
 
@@ -273,15 +280,34 @@ def results(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            found[Result.model_validate(row).key] = row
+            found[result_of(row).key] = row
         except ValidationError as error:
             problem = error.errors()[0]
             key = "".join(f"{item}: " for item in problem["loc"])
+            value = problem["input"]
+            if key and not isinstance(value, (dict, list)):
+                key += f"{json.dumps(value)}: "
             raise _no_result(path, number, f"{key}{problem['msg']}") from error
+        except RecursionError as error:
+            raise _no_result(path, number, "lists or objects too deep in each other") from error
         except ValueError as error:
             if line and not line.startswith(b"{"):  # neither empty nor cut off by a kill
                 raise _no_result(path, number, "not JSON") from error
     return list(found.values())
+
+
+def result_of(row: Any) -> Result:
+    """Return what a line of ``results.jsonl`` says; only `json_text`'s strings pass for numbers.
+
+    Raises
+    ------
+    ValidationError
+        It is something else than a result.
+    """
+    if isinstance(row, dict) and isinstance(metrics := row.get("metrics"), dict):
+        numbers = {k: float(v) if v in NOT_FINITE else v for k, v in metrics.items()}
+        row = {**row, "metrics": numbers}
+    return Result.model_validate_json(json.dumps(row), strict=True)
 
 
 def _no_result(path: Path, number: int, reason: str) -> ConfigError:

@@ -223,6 +223,26 @@ def test_damaged_metadata(saved, tmp_path, change):
         ptq.load(path)
 
 
+@pytest.mark.parametrize("shape", [[10**6, 10**6], [10**30], ["x"]])
+def test_a_scale_of_an_impossible_shape_is_one_line(saved, tmp_path, shape):
+    def change(content):
+        content["nncf"]["compression_state"][0]["module_config"]["scale_shape"] = shape
+
+    path = edited(saved, tmp_path / "m.safetensors", change)
+    with pytest.raises(CheckpointError, match=f"^'{path}': its quantizers cannot be") as caught:
+        ptq.load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_metadata_too_deep_to_be_read(saved, tmp_path):
+    with safe_open(saved, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    path = tmp_path / "m.safetensors"
+    save_file(tensors, path, {"ptq4vit": '{"a": ' * 100_000 + "1" + "}" * 100_000})
+    with pytest.raises(CheckpointError, match=f"^'{path}' has damaged metadata: [^\n]*$"):
+        ptq.load(path)
+
+
 def test_unwritable_place_and_nothing_half_written(quantized, tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("here")

@@ -209,6 +209,30 @@ def test_a_bug_is_not_hidden(monkeypatch):
     assert isinstance(run("describe", "model.safetensors").exception, RuntimeError)
 
 
+def test_a_place_that_the_machine_does_not_give_is_one_line(monkeypatch):
+    def fail(checkpoint):
+        raise PermissionError(13, "Permission denied", "/root/model.safetensors")
+
+    monkeypatch.setattr(ptq4vit_plugin, "commands", SimpleNamespace(describe=fail), raising=False)
+    done = run("describe", "model.safetensors")
+    assert done.exit_code == 2
+    assert done.stderr == "error: '/root/model.safetensors': Permission denied\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that Linux has")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_behind_an_output_exits_2(stream):
+    arguments = ["config", "--schema" if stream == "stdout" else "none.yaml"]
+    other = "stderr" if stream == "stdout" else "stdout"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [SCRIPT, *arguments], text=True, **{stream: full, other: subprocess.PIPE}
+        )
+    assert done.returncode == 2
+    if stream == "stdout":
+        assert done.stderr == "error: standard output: No space left on device\n"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process on Windows")
 @pytest.mark.parametrize(
     ("sent", "code", "said"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")]

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,22 @@ def test_a_run_that_fails_in_evaluation_goes_on_and_leaves_no_older_results(
     assert not (folder / "finished-ops").exists()
 
 
+def test_links_in_the_run_folder_stay(tmp_path, run):
+    folder, kept = tmp_path / "run", tmp_path / "kept"
+    names = ["model.safetensors", "README.md", "results.json", "config.yaml", "report.html"]
+    folder.mkdir()
+    kept.mkdir()
+    for name in names:
+        (kept / name).write_text("earlier")
+        (folder / name).symlink_to(f"../kept/{name}")
+    result = run("quantize", config_file(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in kept.iterdir()) == sorted(names)
+    for name in names:
+        assert (folder / name).is_symlink() and (kept / name).read_bytes() != b"earlier"
+    assert result.stdout.splitlines()[-1] == f"written: {folder}/{', '.join(names)}"
+
+
 def test_two_runs_in_one_folder(tmp_path, run):
     with no_other_run(output_folder(tmp_path / "run")):
         assert_refused(run("quantize", config_file(tmp_path)), "another run", "--output")
@@ -289,3 +307,39 @@ def test_checkpoint_that_is_none(tmp_path, run):
     (tmp_path / "m.safetensors").write_bytes(b"12345678901234567890")
     assert_refused(run("describe", tmp_path / "m.safetensors"), "m.safetensors")
     assert_refused(run("evaluate", tmp_path / "m.safetensors"), "m.safetensors")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that Linux has")
+@pytest.mark.parametrize("options", [["--log-json"], []])
+def test_a_full_disk_behind_standard_output_loses_no_results(tmp_path, options):
+    command = [sys.executable, "-m", "ptq4vit_plugin", "quantize", str(config_file(tmp_path))]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, *options], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "No space left on device" in done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["images"] == 40
+    assert not (tmp_path / "run" / "finished-ops").exists()
+
+
+@pytest.mark.parametrize("command", ["describe", "evaluate", "export"])
+def test_a_path_that_no_file_can_have(run, command):
+    name = 300 * "x"
+    assert_refused(run(command, name), name)
+
+
+def test_an_output_that_no_file_can_have(finished, run):
+    name = 300 * "x"
+    assert_refused(run("export", finished, "--output", finished / name), "File name too long")
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.yaml"])
+def test_a_run_whose_files_are_too_deep_to_be_read(finished, run, tmp_path, name):
+    for file in ("results.json", "config.yaml"):
+        (tmp_path / file).write_bytes((finished / file).read_bytes())
+    (tmp_path / name).write_text('{"a": ' * 100_000 + "1" + "}" * 100_000)
+    assert_refused(run("report", tmp_path), str(tmp_path), "damaged")
+    if name == "results.json":
+        (tmp_path / "m.safetensors").write_bytes((finished / "model.safetensors").read_bytes())
+        assert_refused(run("export", tmp_path / "m.safetensors"), str(tmp_path / name), "damaged")

@@ -475,3 +475,191 @@ def test_schema_has_every_algorithms_fields_and_notes_the_broken(tiny):
     assert re.search(pattern, "digits") and re.search(pattern, "hfds/a/b")
     assert not re.search(pattern, "digit") and not re.search(pattern, "hfdsx/a")
     json.dumps(found)
+
+
+def fits(node, value, root):
+    """Whether a value is what a JSON schema allows, for the keywords that ours has."""
+    if "$ref" in node and not fits(root["$defs"][node["$ref"].split("/")[-1]], value, root):
+        return False
+    if "anyOf" in node and not any(fits(option, value, root) for option in node["anyOf"]):
+        return False
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (
+        "type" in node
+        and not {
+            "null": value is None,
+            "boolean": isinstance(value, bool),
+            "number": number,
+            "integer": number and value == int(value),
+            "string": isinstance(value, str),
+            "array": isinstance(value, list),
+            "object": isinstance(value, dict),
+        }[node["type"]]
+    ):
+        return False
+    if "enum" in node and value not in node["enum"]:
+        return False
+    if "const" in node and value != node["const"]:
+        return False
+    if number and not (
+        node.get("minimum", value) <= value <= node.get("maximum", value)
+        and node.get("exclusiveMinimum", value - 1) < value
+        and value < node.get("exclusiveMaximum", value + 1)
+    ):
+        return False
+    if isinstance(value, str) and not re.search(node.get("pattern", ""), value):
+        return False
+    if isinstance(value, list):
+        return len(value) >= node.get("minItems", 0) and all(
+            fits(node.get("items", {}), item, root) for item in value
+        )
+    if isinstance(value, dict):
+        known, others = node.get("properties", {}), node.get("additionalProperties", True)
+        return set(node.get("required", [])) <= set(value) and all(
+            fits(known[key], item, root)
+            if key in known
+            else others is True or (others is not False and fits(others, item, root))
+            for key, item in value.items()
+        )
+    return True
+
+
+# A key, values that it takes and values that it refuses.
+ALLOWED = [
+    ("model.pretrained", [True, False], [1, 0, "yes", "true", None]),
+    ("model.name", ["vit_tiny_patch16_224"], [1, True, None]),
+    ("model.checkpoint", ["a.safetensors", None], [1, True]),
+    ("data.source", ["digits", "npz", "hfds/a/b"], ["digit", "hfdsx/a", 1, True]),
+    ("data.calibration.samples", [1, 10**6], [0, -1, True, "8", 1.5, None]),
+    ("data.calibration.seed", [0, 2**32 - 1], [-1, 2**32, True, "3"]),
+    ("data.calibration.batch_size", [1], [0, True, "8"]),
+    ("data.calibration.skip_unreadable", [0], [-1, False, "0"]),
+    ("data.evaluation", [None], [True, 1, "none"]),
+    ("data.evaluation.samples", [1, None], [0, True, "8", "all"]),
+    ("data.evaluation.batch_size", [1], [0, True, "8"]),
+    ("data.evaluation.workers", [0], [-1, False, "0", 0.5]),
+    ("data.evaluation.precision", ["bfloat16"], ["int8", 16, True]),
+    ("compression", ["ptq4vit", ["fold_norms", "ptq4vit"]], ["ptq4vti", [], 1, None, [1]]),
+    ("compression.rounds", [1, 7], [0, True, "8", 1.5, None]),
+    ("compression.weights.bits", [2, 8], [1, 9, True, "8", 7.5]),
+    ("compression.weights.quantizer", ["uniform"], ["unifrom", "numerator", 1, True, None]),
+    ("compression.activations.quantizer", ["numerator", "asymmetric"], ["twin", 1, False]),
+    ("compression.activations.granularity", ["head", "paper"], ["channel", True]),
+    ("compression.twin.softmax", [True, False, "auto", "numerator"], [1, 0, "yes", [1], None]),
+    ("compression.search_range.n", [1], [0, -3, True, "8", 1.5, None]),
+    ("compression.search_range.alpha", [1, 0.1], [0, -1, True, "0.1"]),
+    ("compression.search_range.beta", [2, 0.1], [0, True, "1.2", None]),
+    ("compression.gradient.probes", [1], [0, True, "1"]),
+    ("compression.gradient.seed", [0, -1], [True, "1", 0.5]),
+    ("compression.mixed_precision.average_bits", [4, 5.5, 8], [1, 9, True, "5", None]),
+    ("compression.accuracy.max_drop", [0, 0.5], [-0.1, True, "1", None]),
+    ("compression.memory_budget", [1, 0.5, None], [0, -1, True, "1"]),
+    ("compression.scope_overrides.head.weights.bits", [2], [1, True, "8"]),
+    ("compression.ignored_scopes", [[], ["head"]], [["head", 1], "head", True]),
+    ("base_ptq:compression.rounds", [1], [0, True, "1"]),
+    ("base_ptq:compression.search_range.n", [1], [0]),
+    ("fold_norms:compression.norms", [True, False], [1, "yes", None]),
+    ("compensate:compression.ranges", [True], [0, "no"]),
+    ("smooth_quant:compression.alpha", [0, 1], [-0.1, 1.1, True, "0.5"]),
+    ("ptq4vit_plus:compression.fold.smooth", [False], ["no", 0]),
+    ("ptq4vit_plus:compression.compensate.bias", [True], ["on", 1]),
+    ("ptq4vit_plus:compression.twin.gelu", ["asymmetric", True], ["asymetric", 1]),
+    ("reconstruct:compression.iterations", [0], [-1, True, "50"]),
+    ("reconstruct:compression.drop", [0, 0.5], [1, -0.1, True, "0.5"]),
+    ("ptq4vit_recon:compression.reconstruct.seed", [-(2**63), 2**63 - 1], [2**63, True, "0"]),
+    ("ptq4vit_recon:compression.reconstruct.batch_size", [1], [0, True, "16"]),
+]
+
+
+@pytest.fixture(scope="module")
+def schema():
+    return config.schema()
+
+
+@pytest.mark.parametrize(("place", "taken", "refused"), ALLOWED, ids=[p for p, *_ in ALLOWED])
+def test_program_and_schema_refuse_the_same(schema, place, taken, refused):
+    algorithm, _, key = place.rpartition(":")
+    for value in taken + refused:
+        content = json.loads(json.dumps(BASE))
+        *parents, last = key.split(".")
+        if len(parents) > 0 and parents[0] == "compression":
+            content["compression"] = {"algorithm": algorithm or "ptq4vit"}
+        node = content
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+        try:
+            config.parse(content, "it")
+        except ConfigError as error:
+            message = str(error)
+            assert value in refused and message.startswith("it: compression") or key in message
+            assert "\n" not in message
+        else:
+            assert any(value is item for item in taken), f"{value!r} was taken"
+        assert fits(schema, content, schema) == any(value is item for item in taken), repr(value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "allowed"),
+    [
+        (("compression", "rounds"), True, "an integer at least 1"),
+        (("compression", "search_range", "n"), "8", "an integer at least 1"),
+        (("data", "calibration", "samples"), True, "an integer above 0"),
+        (("model", "pretrained"), 1, "true or false"),
+    ],
+)
+def test_nothing_is_taken_for_a_number_that_is_none(place, value, allowed):
+    section, *inner, last = place
+    content = {"model": dict(BASE["model"]), "data": dict(BASE["data"])}
+    node = content.setdefault(section, {"algorithm": "ptq4vit"})
+    for key in inner:
+        node = node.setdefault(key, {})
+    node[last] = value
+    shown = "true" if value is True else repr(value)
+    message = f"it: {'.'.join(place)}: {shown} is not allowed; allowed: {allowed}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        config.parse(content, "it")
+
+
+def test_every_wrong_key_is_counted_once():
+    wrong = {"algorithm": "ptq4vit", "rounds": "three", "search_range": {"n": True}, "metric": "x"}
+    with pytest.raises(ConfigError, match=r"^compression\.metric: 'x' .* \(and 2 more\)$"):
+        config.compression(wrong)
+
+
+def test_an_algorithm_whose_field_has_no_schema_is_taken(distribution):
+    module = (
+        "from pydantic import BaseModel, ConfigDict\n"
+        "class Own: pass\n"
+        "class Odd(BaseModel):\n"
+        "    model_config = ConfigDict(arbitrary_types_allowed=True, extra='forbid')\n"
+        "    step: int = 1\n"
+        "    own: Own | None = None\n"
+    )
+    distribution("odd", {"algorithms": {"odd": "odd_module:Odd"}}, {"odd_module": module})
+    assert config.compression({"algorithm": "odd", "step": 2})[0][1] == {"step": 2, "own": None}
+
+
+def test_numbers_with_an_exponent(tiny, write):
+    """YAML 1.1, which PyYAML reads, takes those without a dot and a sign for text."""
+    text = "a: 1e-3\nb: '1e-3'\nc: 2E3\nd: -.5e1\ne: 1.e+2\nf: 1e\ng: e5\nh: 3e2x\n"
+    found = config.load_file(write(text))
+    assert found == {
+        "a": 0.001, "b": "1e-3", "c": 2000.0, "d": -5.0, "e": 100.0, "f": "1e", "g": "e5",
+        "h": "3e2x",
+    }  # fmt: skip
+    assert config.yaml_value(config.yaml_text(found)) == found
+    step = "{algorithm: tiny, step: 1e-3}"
+    path = write(f"model: {{name: vit}}\ndata: {{source: digits}}\ncompression: {step}\n")
+    assert config.read(path).compression[0]["step"] == 0.001
+
+
+@pytest.mark.parametrize(("name", "opened"), [("deep.yaml", "{a: "), ("deep.json", '{"a": ')])
+def test_a_file_too_deep_to_be_read(write, name, opened):
+    message = error(write(opened * 100_000 + "1" + "}" * 100_000, name))
+    assert message == "not valid: mappings or lists too deep in each other"
+
+
+def test_a_key_that_is_no_text(write):
+    content = {**BASE, "model": {**BASE["model"], 3: 4}}
+    assert error(write(content)).startswith("model.3: unknown key; allowed: name, pretrained")

@@ -72,7 +72,22 @@ def test_the_third_party_package_is_used_from_its_config(shifts, tmp_path):
 
 
 def test_a_model_of_ones_own():
-    assert "the same logits, bit for bit" in python(EXAMPLES / "custom_model.py")
+    said = python(EXAMPLES / "custom_model.py", COLUMNS="80")
+    assert "the same logits, bit for bit" in said
+    # In a pipe no name is cut or broken.
+    rows = [line.split() for line in said.splitlines() if "/" in line]
+    assert ["blocks/1/matmul/1", "twin_softmax", "6", "bit,"] in [row[:4] for row in rows]
+
+
+def test_the_quickstart_and_a_model_that_timm_does_not_have():
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "vit_tiny_patch16_242"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    *others, line = done.stderr.splitlines()
+    assert line.startswith("error: model.name: 'vit_tiny_patch16_242' is not a timm model")
+    assert line.endswith("did you mean 'vit_tiny_patch16_224'?")
+    # torch warns, where there is a compiler for a GPU and no GPU.
+    assert all("torch/utils/cpp_extension" in other for other in others)
 
 
 def test_integer_weights_are_the_models_own_values(tmp_path):

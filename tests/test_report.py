@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import warnings
 from html.parser import HTMLParser
@@ -20,6 +21,7 @@ from ptq4vit_plugin.algorithms.diagnosis import histogram, output_sqnr, thinned
 from ptq4vit_plugin.algorithms.search.engine import search
 from ptq4vit_plugin.algorithms.search.gemm import Gemm
 from ptq4vit_plugin.cli import app
+from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.evaluation import Metrics
 from ptq4vit_plugin.files import json_text
 from ptq4vit_plugin.quantizers.base import Grouping, SearchRange
@@ -254,3 +256,50 @@ def test_nncf_logs_to_standard_error_while_a_command_runs(capsys):
     said = capsys.readouterr()
     assert said.out == "" and "one" in said.err and "three" in said.err and "two" not in said.err
     assert [getattr(handler, "stream", None) for handler in log.handlers] == streams
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_nncf_tells_of_its_kernels_only_where_they_are_compiled(capsys, monkeypatch, compiled):
+    monkeypatch.setattr("ptq4vit_plugin.integrations.nncf.kernels.are_compiled", lambda: compiled)
+    log = logging.getLogger("nncf")
+    level = log.level
+    with nncf_messages():
+        log.info("compiling")
+        log.warning("one")
+    said = capsys.readouterr().err
+    assert ("compiling" in said) != compiled and "one" in said and log.level == level
+
+
+def test_kernels_are_compiled_once_they_were_used():
+    from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+
+    from ptq4vit_plugin.integrations.nncf.kernels import are_compiled
+
+    QuantizedFunctionsCPU.get("Quantize_forward")
+    assert are_compiled()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that Linux has")
+def test_events_that_cannot_be_written_end_no_run(capfd):
+    done = []
+    with open("/dev/full", "w") as full:
+        with pytest.raises(PTQ4ViTError, match="^events: cannot be written: No space left on devi"):
+            with json_lines(full):
+                for number in range(3):
+                    event("op", number=number)
+                    done.append(number)
+    assert done == [0, 1, 2] and capfd.readouterr() == ("", "")
+
+
+def test_a_reader_that_closes_the_pipe_ends_no_run(capfd):
+    read, written = os.pipe()
+    os.close(read)
+    with open(written, "w") as pipe, json_lines(pipe):
+        event("op")
+        event("op")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_event_that_is_no_json_is_a_bug_that_is_seen():
+    with pytest.raises(TypeError), json_lines(io.StringIO()):
+        event("op", value=object())

@@ -452,6 +452,58 @@ def test_published_file_that_is_none(tmp_path, content, message):
         tables.read_published(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("metrics.top1", "81.0", 'metrics: top1: "81.0": Input should be a valid number'),
+        ("metrics.reference_top1", "81", 'metrics: reference_top1: "81": Input should be a valid'),
+        ("metrics.top1_interval", [1.0], "metrics: top1_interval: 1: Field required"),
+        ("metrics.images", True, "metrics: images: true: Input should be a valid integer"),
+        ("seconds", {"evaluation": 2.0}, "seconds: calibration: Field required"),
+        ("seconds.calibration", "60", 'seconds: calibration: "60": Input should be a valid number'),
+        ("weight_bits", "8", 'weight_bits: "8": Input should be a valid integer'),
+        ("parts.hessian", "yes", 'parts: hessian: "yes": Input should be a valid boolean'),
+        ("cell", {"seed": 1}, "cell: seed: 1: Input should be a valid string"),
+    ],
+)
+@pytest.mark.parametrize("form", ["markdown", "csv", "latex"])
+def test_results_edited_by_hand_are_told(tmp_path, place, value, message, form):
+    path = tmp_path / "results.jsonl"
+    sweeps.append(path, result("m", "ptq4vit", 8, 50.0))
+    edited = result("n", "ptq4vit", 8, 50.0)
+    *parents, last = place.split(".")
+    node = edited
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    sweeps.append(path, edited)
+    done = call("table", path, "--format", form)
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"error: {path}, line 2: {message}")
+
+
+def test_a_line_too_deep_to_be_read(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"a": ' * 100_000 + "1" + "}" * 100_000)
+    done = call("table", path)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: {path}, line 1: lists or objects too deep")
+
+
+def test_keys_may_stand_in_another_order_and_numbers_be_infinite(tmp_path):
+    whole = result("m", "ptq4vit", 8, 50.0, (True, True, False))
+    turned = dict(reversed(whole.items())) | {"parts": dict(reversed(whole["parts"].items()))}
+    (row,) = tables.compare([turned], [])
+    assert row == tables.compare([whole], [])[0] and row.parts == (True, True, False)
+    assert row.sqnr_db == float("inf")
+
+
+def test_labels_do_not_break_a_table():
+    rows = tables.compare([result("m", "ptq4vit", 8, 50.0, s=s) for s in ("a|b", "c&d{#}$")], [])
+    assert tables.markdown(rows).splitlines()[2].startswith(r"| m | a\|b | 81.00 |")
+    assert r"c\&d\{\#\}\$ & 81.00 &" in tables.latex(rows)
+
+
 # --- the paper's grids ---------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.scale_search import Metric, ScaleSearch
 from ptq4vit_plugin.algorithms.settings import Twin
@@ -18,5 +20,5 @@ class BasePTQ(ScaleSearch):
     twin: Twin = Twin(softmax="uniform", gelu="uniform")
     metric: Metric = "cosine"
     search_range: SearchRange = SearchRange(alpha=0.5)
-    rounds: int = 1
+    rounds: int = Field(default=1, ge=1)
     gradient: Gradient = Gradient()

@@ -89,7 +89,7 @@ class Learning(BaseModel):
         default=0.5, ge=0, lt=1, description="share of tokens left in float while a block learns"
     )
     gradient: Gradient | None = Gradient(probes=4)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), le=2**63 - 1)  # what a torch.Generator takes
 
 
 class Reconstruct(CalibratedAlgorithm, Learning):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -24,6 +24,16 @@ def _for_weights(name: str) -> str:
     return name
 
 
+def _names(schema: dict[str, Any]) -> None:
+    """Every registered name, for the JSON schema."""
+    schema["enum"] = sorted({entry.name for entry in registry.entries("quantizers")})
+
+
+def _names_for_weights(schema: dict[str, Any]) -> None:
+    _names(schema)
+    schema["enum"].remove("numerator")
+
+
 def _pattern(scope: str) -> str:
     if scope.startswith(REGEX):
         try:
@@ -34,7 +44,7 @@ def _pattern(scope: str) -> str:
 
 
 Bits = Annotated[int, Field(ge=2, le=8, strict=True)]
-QuantizerName = Annotated[str, AfterValidator(_registered)]
+QuantizerName = Annotated[str, AfterValidator(_registered), Field(json_schema_extra=_names)]
 Scope = Annotated[str, AfterValidator(_pattern)]
 TwinChoice = bool | Literal["auto"] | QuantizerName
 
@@ -56,7 +66,9 @@ class Weights(_Section):
 
     bits: Bits = 8
     granularity: Literal["channel", "tensor", "paper"] = "channel"
-    quantizer: Annotated[QuantizerName, AfterValidator(_for_weights)] = "uniform"
+    quantizer: Annotated[
+        QuantizerName, AfterValidator(_for_weights), Field(json_schema_extra=_names_for_weights)
+    ] = "uniform"
 
 
 class Activations(_Section):

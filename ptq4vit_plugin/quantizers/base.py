@@ -10,8 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import ConfigError, DataError
@@ -97,9 +99,9 @@ class SearchRange:
         Unless ``0 < alpha < beta`` and ``n >= 1``.
     """
 
-    alpha: float = 0.01
-    beta: float = 1.2
-    n: int = 100
+    alpha: Annotated[float, Field(gt=0)] = 0.01
+    beta: Annotated[float, Field(gt=0)] = 1.2
+    n: Annotated[int, Field(ge=1)] = 100
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < self.beta < math.inf or self.n < 1:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.evaluation import Metrics
@@ -68,7 +68,7 @@ def write_report(folder: Path) -> Path:
         raise PTQ4ViTError(
             f"'{folder}' is no run folder: {error.filename}: {error.strerror}"
         ) from error
-    except (ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())[:200]
         raise PTQ4ViTError(f"'{folder}': its results are damaged: {detail}") from error
     html = page(title, results, config)

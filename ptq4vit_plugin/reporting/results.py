@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 from ptq4vit_plugin import __version__
 from ptq4vit_plugin.errors import ConfigError
-from ptq4vit_plugin.sweep import Cell
+from ptq4vit_plugin.sweep import Cell, Result, result_of
 
 PARTS = ("hessian", "softmax_twin", "gelu_twin")
 _COLUMNS = {"timm_name", "algorithm", *PARTS, "weight_bits", "activation_bits", "top1"}
@@ -40,7 +41,7 @@ class Row:
     weight_bits: int | None
     activation_bits: int | None
     samples: int
-    float_top1: float
+    float_top1: float | None
     top1: float
     interval: tuple[float, float]
     agreement: float | None
@@ -120,15 +121,15 @@ def read_published(path: Path | None) -> list[dict[str, str]]:
 
 def compare(results: Sequence[dict[str, Any]], published: Sequence[dict[str, str]]) -> list[Row]:
     """Return the results in order, each with its published number if there is one."""
-    ablation = any(
-        _is_partial(result["algorithm"], tuple(result["parts"].values())) for result in results
-    )
-    return [_row(result, published, ablation) for result in results]
+    read = [result_of(result) for result in results]
+    ablation = any(_is_partial(result.algorithm, _parts(result)) for result in read)
+    return [_row(result, published, ablation) for result in read]
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Paper layout as a Markdown table."""
     header, body = _layout(rows)
+    body = [[text.replace("|", r"\|") for text in line] for line in body]
     lines = [header, ["---"] * len(header), *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -196,11 +197,11 @@ FORMATS: dict[str, Callable[[Sequence[Row]], str]] = {
 }
 
 
-def _row(result: dict[str, Any], published: Sequence[dict[str, str]], ablation: bool) -> Row:
-    metrics = result["metrics"]
-    name = result["model"].split(".")[0].removeprefix("hf_hub:").split("/")[-1]
-    parts = tuple(result["parts"].values())
-    bits = (result["weight_bits"], result["activation_bits"])
+def _row(result: Result, published: Sequence[dict[str, str]], ablation: bool) -> Row:
+    metrics = result.metrics
+    name = result.model.split(".")[0].removeprefix("hf_hub:").split("/")[-1]
+    parts = _parts(result)
+    bits = (result.weight_bits, result.activation_bits)
     match = next(
         (
             number
@@ -210,26 +211,26 @@ def _row(result: dict[str, Any], published: Sequence[dict[str, str]], ablation: 
             and (
                 tuple(number[part] == "yes" for part in PARTS) == parts and not number["algorithm"]
                 if ablation
-                else number["algorithm"] == result["algorithm"]
+                else number["algorithm"] == result.algorithm
             )
         ),
         None,
     )
     return Row(
-        labels=result["cell"],
-        model=result["model"],
-        algorithm=result["algorithm"],
+        labels=result.cell,
+        model=result.model,
+        algorithm=result.algorithm,
         parts=parts,
         weight_bits=bits[0],
         activation_bits=bits[1],
-        samples=result["samples"],
-        float_top1=metrics["reference_top1"],
-        top1=metrics["top1"],
-        interval=tuple(metrics["top1_interval"]),
-        agreement=metrics["agreement"],
-        sqnr_db=_number(metrics["sqnr_db"]),
-        images=metrics["images"],
-        minutes=result["seconds"]["calibration"] / 60,
+        samples=result.samples,
+        float_top1=metrics.reference_top1,
+        top1=metrics.top1,
+        interval=metrics.top1_interval,
+        agreement=metrics.agreement,
+        sqnr_db=metrics.sqnr_db,
+        images=metrics.images,
+        minutes=result.seconds.calibration / 60,
         published_float=_number(match and match.get("float_top1")),
         published=_number(match and match["top1"]),
     )
@@ -272,6 +273,10 @@ def _layout(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, body
+
+
+def _parts(result: Result) -> tuple[bool, bool, bool]:
+    return tuple(getattr(result.parts, part) for part in PARTS)
 
 
 def _is_partial(algorithm: str, parts: tuple[bool, ...]) -> bool:
@@ -323,4 +328,4 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _tex(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%")
+    return re.sub(r"([_%&#${}])", r"\\\1", text)

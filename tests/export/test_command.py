@@ -67,6 +67,18 @@ def test_export_fails_in_one_line(checkpoint, arguments, message):
     assert sorted(checkpoint.parent.iterdir()) == before
 
 
+def test_an_export_follows_a_link(checkpoint):
+    other = checkpoint.parent / "elsewhere"
+    other.mkdir()
+    link = checkpoint.parent / "model-integer.safetensors"
+    link.symlink_to("elsewhere/v1.safetensors")
+    for option in ("packed=true", "packed=false"):  # nothing is there, then an export
+        done = run("export", checkpoint, "--set", option)
+        assert done.exit_code == 0, done.output
+    assert link.is_symlink() and [file.name for file in other.iterdir()] == ["v1.safetensors"]
+    assert IntegerExporter().read(link)(torch.zeros(1, 3, 32, 32)).shape[0] == 1
+
+
 def test_a_checkpoint_is_never_overwritten(checkpoint):
     before = checkpoint.read_bytes()
     done = run("export", checkpoint, "--output", checkpoint)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 
-from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+from nncf.torch.quantization.extensions import QuantizedFunctionsCPU, QuantizedFunctionsCPULoader
+
+
+def are_compiled() -> bool:
+    """Whether this machine has them already."""
+    return any(Path(QuantizedFunctionsCPULoader.get_build_dir()).glob("*.so"))
 
 
 @contextmanager
