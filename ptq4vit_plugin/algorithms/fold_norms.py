@@ -21,7 +21,6 @@ from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
 from ptq4vit_plugin.errors import ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
-from ptq4vit_plugin.integrations.nncf.capture import run_by_all, run_untraced
 from ptq4vit_plugin.integrations.nncf.channels import (
     NormPath,
     ScorePath,
@@ -33,6 +32,7 @@ from ptq4vit_plugin.integrations.nncf.channels import (
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.passes import run, tensors_of, traced
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
+from ptq4vit_plugin.integrations.nncf.runs import run_by_all, run_untraced
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp
 

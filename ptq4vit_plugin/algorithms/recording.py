@@ -14,8 +14,9 @@ from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations.nncf.batch import Batch
 from ptq4vit_plugin.integrations.nncf.blocks import Block
-from ptq4vit_plugin.integrations.nncf.capture import Recorded, record, run_by_all
+from ptq4vit_plugin.integrations.nncf.capture import Recorded, record
 from ptq4vit_plugin.integrations.nncf.replay import replay, watching_blocks
+from ptq4vit_plugin.integrations.nncf.runs import run_by_all
 from ptq4vit_plugin.plan import FoundOp
 
 GIB = 2**30

@@ -46,12 +46,13 @@ from ptq4vit_plugin.integrations.device import device_of, free_memory, peak_memo
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
 from ptq4vit_plugin.integrations.nncf.batch_norm import fold_batch_norms
-from ptq4vit_plugin.integrations.nncf.capture import in_parts, recorded_bytes, run_untraced
+from ptq4vit_plugin.integrations.nncf.capture import in_parts, recorded_bytes
 from ptq4vit_plugin.integrations.nncf.decompose import is_decomposed
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
 from ptq4vit_plugin.integrations.nncf.passes import traced
 from ptq4vit_plugin.integrations.nncf.prepare import prepare
 from ptq4vit_plugin.integrations.nncf.replay import replayable_blocks
+from ptq4vit_plugin.integrations.nncf.runs import run_untraced
 from ptq4vit_plugin.integrations.timm.attention import fuse_attention
 from ptq4vit_plugin.plan import FoundOp, LeftOut, Op, Plan
 from ptq4vit_plugin.quantizers.base import SearchRange

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
-from ptq4vit_plugin.integrations.nncf.capture import run_by_all
 from ptq4vit_plugin.integrations.nncf.passes import run
+from ptq4vit_plugin.integrations.nncf.runs import run_by_all
 from ptq4vit_plugin.plan import FoundOp
 
 
