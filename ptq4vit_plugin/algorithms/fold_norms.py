@@ -18,7 +18,7 @@ from ptq4vit_plugin.algorithms.folding.rescale import (
     transform_rows,
 )
 from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
-from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
 from ptq4vit_plugin.integrations.nncf.channels import (
@@ -84,7 +84,7 @@ class FoldNorms(CalibratedAlgorithm, Folds):
         Raises
         ------
         DataError
-            No calibration data.
+            No calibration data, or of which the model makes NaN or infinite values.
         ModelError
             The model is quantized already, or its outputs change.
         """
@@ -143,8 +143,9 @@ def _outputs(module: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def _change(before: Tensor, after: Tensor) -> float:
-    """The largest difference, relative to the largest finite number; NaN if there is one."""
-    difference = (after - before).masked_fill(after == before, 0).abs().max()  # as of infinities
+    """The largest difference, relative to the largest finite number; NaN if only one has one."""
+    same = (after == before) | (after.isnan() & before.isnan())  # as of infinities
+    difference = (after - before).masked_fill(same, 0).abs().max()
     largest = before.nan_to_num(0, 0, 0).abs().max()
     return float(difference / largest.clamp_min(1e-300))  # an untrained head may give zeros only
 
@@ -169,6 +170,14 @@ def _measure(
     with hooks.watching(module, inputs, {}):
         for batch in data:
             run(module, batch.to(module))
+    for (op, _), seen in inputs.items():
+        if seen.count and not seen.finite:
+            largest = max(float(batch.images.abs().max()) for batch in data)
+            raise DataError(
+                f"fold_norms: the input of {op} has NaN or infinite values; the largest number of "
+                f"the calibration images is {largest:.1e}; allowed: images and weights of which "
+                "the model makes finite numbers"
+            )
     return inputs
 
 
