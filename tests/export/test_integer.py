@@ -340,6 +340,44 @@ def test_hidden_products_and_models_that_are_not_timms(tmp_path):
         ptq.load(tmp_path / "model.safetensors")
 
 
+class Casts(torch.nn.Linear):
+    """Takes what it is given in the type and to the device of its weight, as some norms do."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype).to(self.weight.device))
+
+
+class CastsItself(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = Casts(48, 24), Casts(24, 10)
+
+    def forward(self, x):
+        tokens = self.embed(F.unfold(x, 4, stride=4).transpose(1, 2).float())
+        return self.head(F.layer_norm(tokens, self.head.weight.shape[1:]).mean(1).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_that_is_kept_as_codes_says_of_itself_what_it_did(dtype, tmp_path):
+    torch.manual_seed(0)
+    model, x = CastsItself().eval().to(dtype), torch.randn(4, 3, 16, 16)
+    images = x.to(dtype)
+    quantized = ptq.quantize(model, [images], {"algorithm": "ptq4vit", "search_range": {"n": 5}})
+    ptq.export(quantized, tmp_path / "model", example_input=x)
+    made = [integer_model(quantized)[0], ptq.load(tmp_path / "model.safetensors", CastsItself())]
+    with torch.no_grad():
+        for integer in made:
+            out = integer(images)
+            assert out.dtype == dtype and torch.equal(out, made[0](images))
+            assert logit_sqnr(quantized(images), out) > 25
+    for integer in (*made, copy.deepcopy(made[0])):
+        for kind, device in ((dtype, "cpu"), (torch.float64, "cpu"), (torch.float64, "meta")):
+            weight = integer.to(device, kind).model.embed.weight
+            assert weight.dtype == kind and weight.device.type == device
+            assert weight.shape == (24, 48) and weight.untyped_storage().nbytes() <= 8
+        assert not any(name.endswith("weight") for name in integer.state_dict())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_zero_points_and_softmax_rows_compute_in_integers(
     bits, quantized, batch, tmp_path, monkeypatch
