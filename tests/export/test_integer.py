@@ -26,7 +26,12 @@ from ptq4vit_plugin.integrations.integer.checkpoint import (
     unpack,
 )
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
-from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
+from ptq4vit_plugin.integrations.integer.ops import (
+    FloatWeightOp,
+    Grids,
+    IntegerConv2d,
+    IntegerLinear,
+)
 from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.branches import Branch, branches_of, packed_codes
@@ -338,6 +343,28 @@ def test_hidden_products_and_models_that_are_not_timms(tmp_path):
         assert logit_sqnr(quantized(x), loaded(x)) > 25
     with pytest.raises(CheckpointError, match="model="):
         ptq.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("named", [False, True])
+def test_ops_with_one_float_operand_in_every_type(dtype, named):
+    generator = torch.Generator().manual_seed(0)
+    grid = Branch(torch.tensor([0.25]), -8, 7)
+    for function, shape, family in (
+        (F.linear, (6, 5), IntegerLinear),
+        (F.conv2d, (6, 5, 3, 3), IntegerConv2d),
+    ):
+        x = torch.randn(2, 5, *[9] * (len(shape) - 2), generator=generator).to(dtype)
+        weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in (shape, 6))
+        rest, more = ((), {"bias": bias}) if named else ((bias,), {})
+        rounded = (weight.float() / 0.25).round().clamp(-8, 7)
+        one = family(None, rounded.to(torch.int8), torch.full((6,), 0.25))
+        expected = function(x.float(), rounded * 0.25, bias.float()).to(dtype)
+        assert torch.equal(one(function, (x, weight, *rest), more), expected)
+        codes = (x.float() / 0.25).round().clamp(-8, 7)
+        expected = function(codes * 0.25, weight.float(), bias.float()).to(dtype)
+        other = FloatWeightOp(Grids([grid]))
+        assert torch.equal(other(function, (x, weight, *rest), more), expected)
 
 
 class Casts(torch.nn.Linear):
