@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from ptq4vit_plugin.integrations.integer.checkpoint import (
     Metadata,
     OpEntry,
     pack,
+    read_metadata,
     unpack,
 )
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
@@ -423,6 +426,38 @@ def test_zero_points_and_softmax_rows_compute_in_integers(
     softmax = codes(loaded, x)["blocks/0/attn/matmul/1"][0]
     peaks = softmax.amax(-1)  # of every row: 1 over the step of its head
     assert softmax.dtype == torch.uint8 and (peaks == peaks[:1, :, :1]).all()
+
+
+def test_a_new_process_computes_the_same_bit_for_bit(float_model, batch, tmp_path):
+    config = {
+        "algorithm": "ptq4vit",
+        "weights": {"bits": 4},
+        "activations": {"bits": 8, "quantizer": "asymmetric"},
+        "search_range": {"n": 10},
+        "rounds": 1,
+        "scope_overrides": {"{re}fc2|head|patch_embed": {"weights": {"bits": 8}}},
+    }
+    model = ptq.quantize(float_model("vit"), [batch("vit")], config)
+    integer, found = integer_model(model)
+    assert {op.kind for op in found} == {"linear", "conv2d", "matmul"}
+    operands = {o.quantizer for op in ptq.describe(model) for o in op.operands}
+    assert operands == {"uniform", "asymmetric", "twin_softmax", "twin_gelu"}
+    ptq.export(model, tmp_path / "model", example_input=batch("vit"))
+    weights = [op for op in read_metadata(tmp_path / "model.safetensors").ops if op.shape]
+    assert {(op.bits[1], op.packed) for op in weights} == {(4, True), (8, False)}
+    x = batch("vit", 4, seed=2)
+    save_file({"x": x}, tmp_path / "x")
+    script = (
+        "import sys, torch, ptq4vit_plugin as ptq\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "model = ptq.load(sys.argv[1])\n"
+        "with torch.no_grad():\n"
+        "    save_file({'y': model(load_file(sys.argv[2])['x'])}, sys.argv[3])\n"
+    )
+    files = [str(tmp_path / name) for name in ("model.safetensors", "x", "y")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True, capture_output=True)
+    with torch.no_grad():
+        assert torch.equal(load_file(files[2])["y"], integer(x))
 
 
 def test_a_file_that_was_changed_or_cut_is_refused(quantized, batch, tmp_path):
