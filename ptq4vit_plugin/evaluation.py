@@ -130,18 +130,29 @@ def evaluate(
 
 
 def logit_sqnr(reference: Tensor, output: Tensor) -> float:
-    """Return the signal-to-quantization-noise ratio of logits in dB.
+    """Return the signal-to-quantization-noise ratio of a model's output in dB.
 
     The signal is the variance of the reference's logits, not their power: a constant that is added
-    to all of them changes no decision.
+    to all of them changes no decision. Variance and noise are means over all numbers together.
 
     Parameters
     ----------
     reference, output
-        Logits ``[N, classes]`` of the model before and after quantization.
+        Logits ``[N, classes]`` of the model before and after quantization, or features of any
+        shape, such as tokens ``[N, L, C]`` and maps ``[N, C, H, W]``.
+
+    Raises
+    ------
+    ModelError
+        The shapes differ.
     """
+    if reference.shape != output.shape:
+        raise ModelError(
+            f"the output has the shape {list(output.shape)}; allowed: that of the reference, "
+            f"{list(reference.shape)}"
+        )
     totals = _Totals()
-    totals.compare(output, reference)
+    totals.add_noise(output, reference)
     return totals.sqnr_db
 
 
@@ -171,6 +182,7 @@ class _Totals:
         self.compared = 0
         self.agree = 0
         self.reference_correct1 = 0
+        self.numbers = 0
         self.signal = 0.0
         self.signal_squared = 0.0
         self.noise = 0.0
@@ -194,10 +206,14 @@ class _Totals:
         self.agree += int((logits.argmax(1) == reference.argmax(1)).sum())
         if labels is not None:
             self.reference_correct1 += int((reference.argmax(1) == labels.cpu()).sum())
+        self.add_noise(logits, reference)
+
+    def add_noise(self, output: Tensor, reference: Tensor) -> None:
         signal = reference.double()
+        self.numbers += signal.numel()
         self.signal += signal.sum().item()
         self.signal_squared += signal.square().sum().item()
-        self.noise += (logits.double() - signal).square().sum().item()
+        self.noise += (output.double() - signal).square().sum().item()
 
     def gather(self, names: list[str]) -> list[str]:
         """Add up all processes' sums, and join their lists of names."""
@@ -216,11 +232,10 @@ class _Totals:
 
     @property
     def sqnr_db(self) -> float:
-        count = self.compared * self.classes
-        variance = self.signal_squared / count - (self.signal / count) ** 2
         if self.noise == 0:
             return math.inf
-        ratio = variance / (self.noise / count)
+        variance = self.signal_squared / self.numbers - (self.signal / self.numbers) ** 2
+        ratio = variance / (self.noise / self.numbers)
         return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
     def metrics(self, unreadable: tuple[str, ...]) -> Metrics:

@@ -138,6 +138,37 @@ def test_held_out_rounding_never_loses_to_nearest_on_the_held_out_tokens():
     assert torch.equal(rounded, grid.nearest(rounded))
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_rounding_never_loses_to_nearest_on_all_tokens(held_out):
+    better = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        few, many = torch.randint(1, 40, (2,), generator=generator).tolist()
+        x = torch.randn(5 * many, few, generator=generator)
+        if seed % 3:  # channels that resemble each other, then also ones that do not centre
+            x = x @ torch.randn(few, few, generator=generator) + 5 * (seed % 3 - 1)
+        weight = torch.randn(9, few, generator=generator)
+        tokens = torch.rand(5 * many, generator=generator)
+        y, bits = x @ weight.T, 2 + seed % 5
+        clipped = (1.1, 0.5, 0.2)[seed // 3 % 3]
+        step = weight.abs().amax(1, keepdim=True) * clipped / (2 ** (bits - 1) - 0.5)
+        grid, cut = RowGrid(step, bits), 4 * many if held_out else 5 * many
+        fit = Normal.of(x[:cut], y[:cut], tokens[:cut])
+        check = Normal.of(x[cut:], y[cut:], tokens[cut:]) if held_out else None
+        rounded = held_out_rounding(fit, check, weight, grid)
+        lowest, highest = -(2 ** (bits - 1)) * step, (2 ** (bits - 1) - 1) * step
+        nearest = torch.clamp((weight / step).round() * step, lowest, highest)
+
+        def error(w, x=x, y=y, tokens=tokens):  # with the best bias
+            error = x.double() @ w.double().T - y.double()
+            share = (tokens / tokens.sum()).double()
+            return share @ (error - share @ error).square()
+
+        assert (error(rounded) <= (1 + 1e-5) * error(nearest)).all()
+        better += int((error(rounded) < 0.9 * error(nearest)).sum())
+    assert better > 100  # it is not nearest
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_steps_against_trying_all(shared):
     weight = torch.randn(5, 30)

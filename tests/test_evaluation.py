@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ptq4vit_plugin.data import loader, open_dataset
 from ptq4vit_plugin.errors import DataError, ModelError
-from ptq4vit_plugin.evaluation import evaluate, wilson_interval
+from ptq4vit_plugin.evaluation import evaluate, logit_sqnr, wilson_interval
 
 
 class Table(nn.Module):
@@ -122,6 +123,25 @@ def test_signal_is_the_variance_of_the_logits_and_not_their_power():
     found = evaluate(model, batches(images, torch.zeros(50, dtype=torch.long)), Table(4))
     expected = 10 * math.log10(float(images.double().var(correction=0)) / 0.01)
     assert found.sqnr_db == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(50,), (50, 4), (8, 17, 6), (3, 5, 7, 9), (2, 1, 1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sqnr_is_over_every_number_whatever_the_shape(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    reference = (3 + torch.randn(shape, generator=generator)).to(dtype)
+    output = reference + (torch.randn(shape, generator=generator) / 7).to(dtype)
+    signal, found = ([float(v) for v in x.flatten()] for x in (reference, output))
+    noise = sum((a - b) ** 2 for a, b in zip(signal, found, strict=True)) / len(signal)
+    expected = 10 * math.log10(statistics.pvariance(signal) / noise)
+    assert logit_sqnr(reference, output) == pytest.approx(expected, abs=1e-6)
+    assert logit_sqnr(reference, reference) == math.inf
+
+
+def test_sqnr_of_outputs_of_different_shapes():
+    message = r"^the output has the shape \[2, 3\]; allowed: that of the reference, \[2, 3, 1\]$"
+    with pytest.raises(ModelError, match=message):
+        logit_sqnr(torch.ones(2, 3, 1), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(

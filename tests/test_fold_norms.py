@@ -8,10 +8,10 @@ import torch
 
 from ptq4vit_plugin.algorithms.fold_norms import FoldNorms
 from ptq4vit_plugin.algorithms.folding.factors import balance, channel_scale, spread
-from ptq4vit_plugin.algorithms.folding.statistics import Channels
+from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
 from ptq4vit_plugin.algorithms.planning import make_plan
 from ptq4vit_plugin.algorithms.ptq4vit import PTQ4ViT
-from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import channels, hooks
 from ptq4vit_plugin.integrations.nncf.batch import batches
 from ptq4vit_plugin.integrations.nncf.graph import find_ops
@@ -70,6 +70,43 @@ def test_logits_stay(name):
     assert len(smoothed) == (0 if name == "eva02" else sum("fc2.weight" in key for key in before))
     with hooks.unquantized(net):  # the factors are part of the float model
         torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gamma", [0.0, 1e-12, 1e-6])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_norm_that_gives_the_same_for_all_images_is_folded(gamma, bias, dtype):
+    net, images = model("vit")
+    norm, qkv = net.blocks[0].norm1, net.blocks[0].attn.qkv
+    norm.weight.fill_(gamma)
+    norm.bias.mul_(bias)
+    net, images = net.to(dtype), images.to(dtype)
+    largest, weight = qkv.weight.abs().max(), net.blocks[0].norm2.weight.clone()
+    expected = net(images)
+    FoldNorms().fold(net, batches([images]))
+    change = (net(images) - expected).abs().max() / expected.abs().max()
+    assert change <= max(1e-5, 4 * torch.finfo(dtype).eps)
+    assert qkv.weight.abs().max() < 100 * largest  # rounding is not taken for what channels say
+    assert not torch.equal(net.blocks[0].norm2.weight, weight)  # the other norm is folded
+
+
+@torch.no_grad()
+def test_images_of_which_a_model_makes_no_numbers():
+    net, images = model("vit")
+    before = {key: value.clone() for key, value in net.named_parameters()}
+    images[1] *= 1e38 / images[1].abs().max()
+    message = (
+        "fold_norms: the input of blocks/0/attn/qkv/linear/0 has NaN or infinite values; the "
+        "largest number of the calibration images is 1.0e+38; allowed: images and weights of "
+        "which the model makes finite numbers"
+    )
+    for data in (images, images[[1, 0]]):
+        with pytest.raises(DataError) as error:
+            FoldNorms().fold(net, batches([data]))
+        assert str(error.value) == message
+    assert all(torch.equal(value, before[key]) for key, value in net.named_parameters())
+    assert not list(hooks.hooks(net))
 
 
 class FrozenNorm(torch.nn.Module):
@@ -371,6 +408,23 @@ def test_balance_against_its_definition():
             "hii->h", inverse @ right @ inverse.transpose(1, 2)
         )
         assert (trace <= product * 1.001).all()
+
+
+def test_balance_leaves_heads_that_do_not_vary():
+    varying = torch.randn(200, 8)
+    x = torch.stack([varying, torch.randn(8).expand(200, 8), torch.zeros(200, 8)])[None]
+    heads = Heads()
+    heads(x)
+    left, right = heads.covariance(False), heads.covariance(True)
+    mean = varying.double().mean(0)
+    torch.testing.assert_close(left[0], varying.double().T @ varying.double() / 200)
+    torch.testing.assert_close(right[0], left[0] - torch.outer(mean, mean))
+    assert not right[1:].any()
+    forward, backward = balance(left, right)
+    assert torch.equal(forward[1:], torch.eye(8).double().expand(2, 8, 8))
+    assert torch.equal(backward[1:], forward[1:])
+    alone = balance(left[:1], right[:1])
+    torch.testing.assert_close((forward[:1], backward[:1]), alone)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 24, 64])

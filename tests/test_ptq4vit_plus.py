@@ -275,6 +275,19 @@ def test_compensation_of_a_model_with_other_inputs_and_assertions():
             assert logit_sqnr(model(*data[0]), quantized(*data[0])) > 25
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_images_whose_squares_exceed_float32(net, images, weights):
+    step = {"algorithm": "compensate", "weights": weights}
+    data = images[:8] * 1e19
+    message = r"compensate: patch_embed/proj/conv2d/0 takes numbers of up to .*e\+19 and gives .* "
+    with pytest.raises(DataError, match=message + "algorithm: ptq4vit$"):
+        ptq.quantize(net, [data], [config(8, algorithm="ptq4vit"), step])
+    data[1] *= 1e38 / data[1].abs().max()  # not even the float model makes a number of it
+    no_folds = {"norms": False, "attention": False, "smooth": False}
+    with pytest.raises(ModelError, match="the model's output .* NaN or infinite values"):
+        ptq.quantize(net, [data], config(8, fold=no_folds))
+
+
 class TwoHeads(torch.nn.Module):
     def __init__(self):
         super().__init__()

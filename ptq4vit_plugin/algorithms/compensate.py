@@ -19,7 +19,7 @@ from ptq4vit_plugin.algorithms.compensation.rounding import held_out_rounding
 from ptq4vit_plugin.algorithms.compensation.steps import RowGrid, best_grid
 from ptq4vit_plugin.algorithms.gradient import Gradient
 from ptq4vit_plugin.algorithms.views import view_of
-from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
 from ptq4vit_plugin.integrations.nncf.capture import in_parts, token_weights
@@ -87,7 +87,7 @@ class Compensate(CalibratedAlgorithm, Repairs):
         Raises
         ------
         DataError
-            No calibration data.
+            No calibration data, or too large numbers inside the model.
         ModelError
             The model is not quantized, or mixes the images of a batch.
         """
@@ -171,6 +171,12 @@ class Compensate(CalibratedAlgorithm, Repairs):
         """Fit one layer; returns the quantizer that its weight needs now, if it is another one."""
         fit, check = layer.sums(images)
         whole = fit if check is None else fit + check
+        if not whole.finite:
+            raise DataError(
+                f"compensate: {layer.op.name} takes numbers of up to {layer.x.abs().max():.1e} and "
+                f"gives numbers of up to {layer.target.abs().max():.1e} for the calibration "
+                "images; allowed: those whose squares add up in float32; or use algorithm: ptq4vit"
+            )
         grid = RowGrid.of(layer.quantizer)
         weight, changed = layer.weight, None
         if grid is not None:
@@ -210,7 +216,7 @@ class _Layer:
         self.x = quantized
         self.importance = importance
         self._view = view_of(op)
-        self._seen = seen
+        self.target = seen.target
         self._rest = None
         if not op.bias:  # where the bias is no parameter it stays as it is, whatever it is
             whole = self._apply(seen.exact[0][:1].float(), self.parameter.float(), None)
@@ -227,7 +233,7 @@ class _Layer:
 
     def sums(self, images: int) -> tuple[Normal, Normal | None]:
         """Normal equations of the images that are fitted, and of those held out if any can be."""
-        x, y = self._rows(self.x), self._view.output(self._seen.target.float())[0, 0]
+        x, y = self._rows(self.x), self._view.output(self.target.float())[0, 0]
         if self._rest is not None:
             y = y - self._rest
         weight = torch.ones(len(x)) if self.importance is None else self.importance

@@ -18,7 +18,7 @@ from ptq4vit_plugin.algorithms.folding.rescale import (
     transform_rows,
 )
 from ptq4vit_plugin.algorithms.folding.statistics import Channels, Heads
-from ptq4vit_plugin.errors import ModelError
+from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.batch import Batch, example_of
 from ptq4vit_plugin.integrations.nncf.channels import (
@@ -85,7 +85,8 @@ class FoldNorms(CalibratedAlgorithm, Folds):
         Raises
         ------
         DataError
-            No calibration data, or batches of which not all run an op that is measured.
+            No calibration data, or of which the model makes NaN or infinite values, or batches of
+            which not all run an op that is measured.
         ModelError
             The model is quantized already, its outputs change, or later batches run more of it.
         """
@@ -151,8 +152,9 @@ def _outputs(module: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def _change(before: Tensor, after: Tensor) -> float:
-    """The largest difference, relative to the largest finite number; NaN if there is one."""
-    difference = (after - before).masked_fill(after == before, 0).abs().max()  # as of infinities
+    """The largest difference, relative to the largest finite number; NaN if only one has one."""
+    same = (after == before) | (after.isnan() & before.isnan())  # as of infinities
+    difference = (after - before).masked_fill(same, 0).abs().max()
     largest = before.nan_to_num(0, 0, 0).abs().max()
     return float(difference / largest.clamp_min(1e-300))  # an untrained head may give zeros only
 
@@ -179,6 +181,14 @@ def _measure(
         for batch in data:
             run(module, batch.to(module))
             ran()
+    for (op, _), seen in inputs.items():
+        if seen.count and not seen.finite:
+            largest = max(float(batch.images.abs().max()) for batch in data)
+            raise DataError(
+                f"fold_norms: the input of {op} has NaN or infinite values; the largest number of "
+                f"the calibration images is {largest:.1e}; allowed: images and weights of which "
+                "the model makes finite numbers"
+            )
     return inputs
 
 

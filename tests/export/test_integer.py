@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,16 @@ from ptq4vit_plugin.integrations.integer.checkpoint import (
     Metadata,
     OpEntry,
     pack,
+    read_metadata,
     unpack,
 )
 from ptq4vit_plugin.integrations.integer.model import codes, integer_model
-from ptq4vit_plugin.integrations.integer.ops import Grids, IntegerConv2d, IntegerLinear
+from ptq4vit_plugin.integrations.integer.ops import (
+    FloatWeightOp,
+    Grids,
+    IntegerConv2d,
+    IntegerLinear,
+)
 from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.quantizers.branches import Branch, branches_of, packed_codes
@@ -340,6 +348,66 @@ def test_hidden_products_and_models_that_are_not_timms(tmp_path):
         ptq.load(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("named", [False, True])
+def test_ops_with_one_float_operand_in_every_type(dtype, named):
+    generator = torch.Generator().manual_seed(0)
+    grid = Branch(torch.tensor([0.25]), -8, 7)
+    for function, shape, family in (
+        (F.linear, (6, 5), IntegerLinear),
+        (F.conv2d, (6, 5, 3, 3), IntegerConv2d),
+    ):
+        x = torch.randn(2, 5, *[9] * (len(shape) - 2), generator=generator).to(dtype)
+        weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in (shape, 6))
+        rest, more = ((), {"bias": bias}) if named else ((bias,), {})
+        rounded = (weight.float() / 0.25).round().clamp(-8, 7)
+        one = family(None, rounded.to(torch.int8), torch.full((6,), 0.25))
+        expected = function(x.float(), rounded * 0.25, bias.float()).to(dtype)
+        assert torch.equal(one(function, (x, weight, *rest), more), expected)
+        codes = (x.float() / 0.25).round().clamp(-8, 7)
+        expected = function(codes * 0.25, weight.float(), bias.float()).to(dtype)
+        other = FloatWeightOp(Grids([grid]))
+        assert torch.equal(other(function, (x, weight, *rest), more), expected)
+
+
+class Casts(torch.nn.Linear):
+    """Takes what it is given in the type and to the device of its weight, as some norms do."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype).to(self.weight.device))
+
+
+class CastsItself(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = Casts(48, 24), Casts(24, 10)
+
+    def forward(self, x):
+        tokens = self.embed(F.unfold(x, 4, stride=4).transpose(1, 2).float())
+        return self.head(F.layer_norm(tokens, self.head.weight.shape[1:]).mean(1).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_that_is_kept_as_codes_says_of_itself_what_it_did(dtype, tmp_path):
+    torch.manual_seed(0)
+    model, x = CastsItself().eval().to(dtype), torch.randn(4, 3, 16, 16)
+    images = x.to(dtype)
+    quantized = ptq.quantize(model, [images], {"algorithm": "ptq4vit", "search_range": {"n": 5}})
+    ptq.export(quantized, tmp_path / "model", example_input=x)
+    made = [integer_model(quantized)[0], ptq.load(tmp_path / "model.safetensors", CastsItself())]
+    with torch.no_grad():
+        for integer in made:
+            out = integer(images)
+            assert out.dtype == dtype and torch.equal(out, made[0](images))
+            assert logit_sqnr(quantized(images), out) > 25
+    for integer in (*made, copy.deepcopy(made[0])):
+        for kind, device in ((dtype, "cpu"), (torch.float64, "cpu"), (torch.float64, "meta")):
+            weight = integer.to(device, kind).model.embed.weight
+            assert weight.dtype == kind and weight.device.type == device
+            assert weight.shape == (24, 48) and weight.untyped_storage().nbytes() <= 8
+        assert not any(name.endswith("weight") for name in integer.state_dict())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_zero_points_and_softmax_rows_compute_in_integers(
     bits, quantized, batch, tmp_path, monkeypatch
@@ -358,6 +426,38 @@ def test_zero_points_and_softmax_rows_compute_in_integers(
     softmax = codes(loaded, x)["blocks/0/attn/matmul/1"][0]
     peaks = softmax.amax(-1)  # of every row: 1 over the step of its head
     assert softmax.dtype == torch.uint8 and (peaks == peaks[:1, :, :1]).all()
+
+
+def test_a_new_process_computes_the_same_bit_for_bit(float_model, batch, tmp_path):
+    config = {
+        "algorithm": "ptq4vit",
+        "weights": {"bits": 4},
+        "activations": {"bits": 8, "quantizer": "asymmetric"},
+        "search_range": {"n": 10},
+        "rounds": 1,
+        "scope_overrides": {"{re}fc2|head|patch_embed": {"weights": {"bits": 8}}},
+    }
+    model = ptq.quantize(float_model("vit"), [batch("vit")], config)
+    integer, found = integer_model(model)
+    assert {op.kind for op in found} == {"linear", "conv2d", "matmul"}
+    operands = {o.quantizer for op in ptq.describe(model) for o in op.operands}
+    assert operands == {"uniform", "asymmetric", "twin_softmax", "twin_gelu"}
+    ptq.export(model, tmp_path / "model", example_input=batch("vit"))
+    weights = [op for op in read_metadata(tmp_path / "model.safetensors").ops if op.shape]
+    assert {(op.bits[1], op.packed) for op in weights} == {(4, True), (8, False)}
+    x = batch("vit", 4, seed=2)
+    save_file({"x": x}, tmp_path / "x")
+    script = (
+        "import sys, torch, ptq4vit_plugin as ptq\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "model = ptq.load(sys.argv[1])\n"
+        "with torch.no_grad():\n"
+        "    save_file({'y': model(load_file(sys.argv[2])['x'])}, sys.argv[3])\n"
+    )
+    files = [str(tmp_path / name) for name in ("model.safetensors", "x", "y")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True, capture_output=True)
+    with torch.no_grad():
+        assert torch.equal(load_file(files[2])["y"], integer(x))
 
 
 def test_a_file_that_was_changed_or_cut_is_refused(quantized, batch, tmp_path):

@@ -73,6 +73,11 @@ class Normal:
             total,
         )
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sum was too large for float32, or of NaN or infinite numbers."""
+        return all(bool(z.isfinite().all()) for z in vars(self).values())
+
     def error(self, weight: Tensor) -> float:
         """Σ t |X̂ Wᵀ + b - Y|² for ``weight [O, I]`` and the best bias for it."""
         weight = weight.double()

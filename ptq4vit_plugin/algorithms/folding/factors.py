@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq4vit_plugin.algorithms.folding.statistics import trace
+
 # How much of a channel's range moves from the activation into the weight (SmoothQuant's alpha).
 MIGRATIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 # Standard deviations to which a searched range goes, about.
@@ -59,7 +61,7 @@ def channel_scale(reach: Tensor, energy: Tensor, weight: Tensor) -> Tensor:
         return of_x + of_w
 
     best = min((scale_at(m) for m in MIGRATIONS), key=lambda scale: float(error(scale)))
-    best = best / best.log().mean().exp()  # a common factor changes nothing: keep it near 1
+    best = best / best[~dead].log().mean().exp()  # a common factor changes nothing: keep it near 1
     return torch.where(dead, torch.ones_like(best), best)
 
 
@@ -79,9 +81,10 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple
-        ``A`` and ``A⁻ᵀ``, ``[H, D, D]``.
+        ``A`` and ``A⁻ᵀ``, ``[H, D, D]``; the identity where a matrix is zero.
     """
     size = left.shape[-1]
+    constant = ((trace(left) <= 0) | (trace(right) <= 0))[:, None, None]
     left, right = _regular(left), _regular(right)
     root = torch.linalg.cholesky(left)
     values, vectors = torch.linalg.eigh(root.transpose(1, 2) @ right @ root)
@@ -90,7 +93,8 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     inverse_root = torch.linalg.inv(root)
     forward = inverse_root.transpose(1, 2) @ (vectors * quarter[:, None, :]) @ rotation
     backward = root @ (vectors / quarter[:, None, :]) @ rotation
-    return forward, backward
+    same = torch.eye(size).to(left)
+    return same.where(constant, forward), same.where(constant, backward)
 
 
 def spread(size: int) -> Tensor:

@@ -15,6 +15,10 @@ FEW = 512
 # The same moment of a normal distribution, by which a reach is expressed in standard deviations.
 NORMAL = {2: 1.0, 6: 15.0 ** (1 / 6)}
 NEWTON_STEPS = 20
+# Relative to the largest number, a reach that only float64's rounding makes; far below float32's.
+CONSTANT = 1e-12
+# Likewise a variance, relative to the mean square: what is left when that of the mean is taken off.
+CANCELLED = 1e-10
 # Numbers whose powers are summed at a time: so few that they stay in the cache.
 CHUNK = 2**16
 
@@ -63,9 +67,17 @@ class Channels:
         return centre
 
     def reach(self, about: Tensor) -> Tensor:
-        """How far the channel reaches from a point, as a standard deviation would be if normal."""
+        """How far the channel reaches from a point, as a standard deviation would be if normal.
+
+        Zero if it is always there.
+        """
         root = self.moment(self.power, about).clamp_min(0) ** (1 / self.power)
-        return root / NORMAL[self.power]
+        return root.masked_fill(root <= CONSTANT * self.peak, 0) / NORMAL[self.power]
+
+    @property
+    def finite(self) -> bool:
+        """Whether no number was NaN or infinite."""
+        return bool(self.sums.isfinite().all())
 
 
 @dataclass
@@ -76,8 +88,10 @@ class Heads:
     total: Tensor | None = None
     outer: Tensor | None = None
     count: int = 0
+    step: float = 0.0  #: between the numbers of x's type, relative
 
     def __call__(self, x: Tensor) -> None:
+        self.step = torch.finfo(x.dtype).eps
         x = (x.transpose(-1, -2) if self.transposed else x).detach().double()
         x = x.transpose(0, 1).flatten(1, 2)
         total, outer = x.sum(1), x.transpose(1, 2) @ x
@@ -92,8 +106,23 @@ class Heads:
         return self.total / self.count
 
     def covariance(self, centred: bool) -> Tensor:
-        """Second moment about the mean, or about zero."""
+        """Second moment about the mean, or about zero.
+
+        Zero for heads that are at their mean always, up to the rounding of the type.
+        """
         second = self.outer / self.count
         if not centred:
             return second
-        return second - self.mean[:, :, None] * self.mean[:, None, :]
+        variance = second - self.mean[:, :, None] * self.mean[:, None, :]
+        least = max(self.step**2, CANCELLED) * trace(second)
+        return variance.masked_fill((trace(variance) <= least)[:, None, None], 0)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no number was NaN or infinite."""
+        return bool(self.outer.isfinite().all())
+
+
+def trace(matrices: Tensor) -> Tensor:
+    """Sums ``[H]`` of the diagonals of ``[H, D, D]``."""
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ptq4vit_plugin.errors import CheckpointError, ModelError
 from ptq4vit_plugin.exporter import Exporter
 from ptq4vit_plugin.integrations.device import device_of, dtype_of
-from ptq4vit_plugin.integrations.integer.model import drop_weight, integer_model
+from ptq4vit_plugin.integrations.integer.model import IntegerModel, drop_weight, integer_model
 from ptq4vit_plugin.integrations.integer.ops import (
     FloatWeightOp,
     Grids,
@@ -29,7 +29,6 @@ from ptq4vit_plugin.integrations.integer.ops import (
 )
 from ptq4vit_plugin.integrations.nncf import hooks
 from ptq4vit_plugin.integrations.nncf.decompose import decompose, is_decomposed
-from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 from ptq4vit_plugin.integrations.timm.attention import (
     fuse_attention,
     fused_attention,
@@ -174,7 +173,7 @@ class IntegerExporter(Exporter):
         return read_metadata(path).preprocessing
 
 
-def load(path: Path, model: nn.Module | None = None) -> ReplacedOps:
+def load(path: Path, model: nn.Module | None = None) -> IntegerModel:
     """Read an integer checkpoint into a model that computes with integers.
 
     Parameters
@@ -203,16 +202,16 @@ def load(path: Path, model: nn.Module | None = None) -> ReplacedOps:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
         ops = {entry.name: _op(entry, state) for entry in metadata.ops}
+        rest = {key.removeprefix("model."): t for key, t in state.items() if key[:4] != "ops."}
+        match_types(model, rest)
         for entry in metadata.ops:
             if isinstance(ops[entry.name], WeightedOp):
                 drop_weight(model, entry.parameter)
-        rest = {key.removeprefix("model."): t for key, t in state.items() if key[:4] != "ops."}
-        match_types(model, rest)
         model.load_state_dict(rest)
     except (RuntimeError, AttributeError, KeyError, SafetensorError, nncf.InternalError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(f"'{path}' is of another model: {detail}") from error
-    return ReplacedOps(model, ops).to(device_of(model)).eval()
+    return IntegerModel(model, ops).to(device_of(model)).eval()
 
 
 def is_integer(path: Path) -> bool:
@@ -254,7 +253,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ((halves.to(torch.int8) ^ 8) - 8).reshape(shape)
 
 
-def _state(model: ReplacedOps) -> dict[str, Tensor]:
+def _state(model: IntegerModel) -> dict[str, Tensor]:
     ops = {
         f"ops.{name}.{key}": tensor
         for name, op in model.named_ops().items()

@@ -23,7 +23,20 @@ from ptq4vit_plugin.integrations.lowering import QuantizedOp, check_rows, factor
 from ptq4vit_plugin.integrations.nncf.hooks import ReplacedOps
 
 
-def integer_model(model: nn.Module) -> tuple[ReplacedOps, list[QuantizedOp]]:
+class IntegerModel(ReplacedOps):
+    """A model whose quantized ops compute with codes; see `drop_weight`."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerModel:
+        # As of `to`: a copy of a tensor that repeats one number would take memory for all of them.
+        def changed(value: Tensor) -> Tensor:
+            if value.numel() < 2 or any(value.stride()):
+                return fn(value)
+            return fn(value[(0,) * value.dim()].clone()).expand(value.shape)
+
+        return super()._apply(changed, recurse)
+
+
+def integer_model(model: nn.Module) -> tuple[IntegerModel, list[QuantizedOp]]:
     """A copy of a quantized model whose quantized ops compute with codes, and these ops.
 
     Raises
@@ -38,19 +51,21 @@ def integer_model(model: nn.Module) -> tuple[ReplacedOps, list[QuantizedOp]]:
     for op in found:
         if isinstance(ops[op.name], WeightedOp):
             drop_weight(taken, op.parameter)
-    return ReplacedOps(taken, ops).eval(), found
+    return IntegerModel(taken, ops).eval(), found
 
 
 def drop_weight(model: nn.Module, name: str) -> None:
-    """Replace a parameter by a tensor of its shape that takes no memory and is not saved.
+    """Replace a parameter by a buffer that takes no memory and is not saved.
 
-    What uses it is computed by a module that has the codes.
+    What uses it is computed by a module that has the codes. A forward may still ask for its shape,
+    or cast something to its type or device.
     """
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
     if attribute in owner._parameters:
-        shape = owner._parameters.pop(attribute).shape
-        owner.__dict__[attribute] = torch.zeros(()).expand(shape)
+        weight = owner._parameters.pop(attribute)
+        repeated = weight.new_zeros(()).expand(weight.shape)
+        owner.register_buffer(attribute, repeated, persistent=False)
 
 
 @torch.inference_mode()

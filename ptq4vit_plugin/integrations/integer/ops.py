@@ -206,7 +206,7 @@ class IntegerLinear(WeightedOp):
 
     def compute(self, function, left, right, rest, named):
         if self.left is None:
-            return function(left, self.weight(), *rest, **named)
+            return _in_float32(function, left, self.weight(), rest, named)
         bias = rest[0] if rest else named.get("bias")
         out = self.rescaled(lambda codes: codes.reshape(-1, codes.shape[-1]), left, bias)
         return out.reshape(*left.shape[:-1], -1)
@@ -217,7 +217,7 @@ class IntegerConv2d(WeightedOp):
 
     def compute(self, function, left, right, rest, named):
         if self.left is None:
-            return function(left, self.weight(), *rest, **named)
+            return _in_float32(function, left, self.weight(), rest, named)
         names = ("bias", "stride", "padding", "dilation", "groups")
         call = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
         call |= dict(zip(names, rest, strict=False)) | named
@@ -280,10 +280,26 @@ class FloatWeightOp(IntegerOp):
     """A linear or convolution of which only the activations are quantized."""
 
     def compute(self, function, left, right, rest, named):
-        return function(self.left.values(left), right, *rest, **named)
+        return _in_float32(function, self.left.values(left), right, rest, named)
 
     def input_codes(self, left: Tensor, right: Tensor) -> dict[int, Tensor]:
         return {0: packed_codes(self.left.branches, left.float())}
+
+
+def _in_float32(
+    function: Callable[..., Tensor],
+    left: Tensor,
+    right: Tensor,
+    rest: tuple[Any, ...],
+    named: dict[str, Any],
+) -> Tensor:
+    """A linear or convolution of which one operand is float, in whatever type the model is."""
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) else value
+
+    more = {name: wide(value) for name, value in named.items()}
+    return function(wide(left), wide(right), *map(wide, rest), **more)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ def find_images(
     def compare(place: tuple[str, int]) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
             if place in kept and kept[place].shape == x.shape:
-                changed[place] = x != kept.pop(place)
+                old = kept.pop(place)
+                changed[place] = (x != old) & ~(x.isnan() & old.isnan())
             else:
                 irregular.append(place[0])
 
