@@ -19,6 +19,7 @@ from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations import distributed
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
