@@ -5,7 +5,10 @@ distribution declares in the entry-point group ``ptq4vit_plugin.<group>`` can be
 """
 
 import inspect
+import os
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -48,8 +51,7 @@ def entries(group: str) -> list[Entry]:
     """
     if group not in GROUPS:
         raise RegistryError(f"unknown group '{group}'; allowed: {', '.join(GROUPS)}")
-    found = {_entry(point) for point in entry_points(group=f"ptq4vit_plugin.{group}")}
-    return sorted(found, key=lambda entry: (entry.name, entry.distribution, entry.value))
+    return list(_entries(group, tuple((folder, _modified(folder)) for folder in sys.path)))
 
 
 def find(group: str, name: str) -> Entry:
@@ -123,6 +125,21 @@ def options(group: str, thing: Any) -> dict[str, Any]:
         parameter.name: ... if parameter.default is parameter.empty else parameter.default
         for parameter in parameters[_PASSED.get(group, 0) :]
     }
+
+
+# All metadata of an environment takes a hundredth of a second and more to read, and a calibration
+# asks a dozen times; what is installed in between changes one of the folders.
+@lru_cache(maxsize=len(GROUPS))
+def _entries(group: str, folders: tuple[tuple[str, int | None], ...]) -> tuple[Entry, ...]:
+    found = {_entry(point) for point in entry_points(group=f"ptq4vit_plugin.{group}")}
+    return tuple(sorted(found, key=lambda entry: (entry.name, entry.distribution, entry.value)))
+
+
+def _modified(folder: str) -> int | None:
+    try:
+        return os.stat(folder or os.curdir).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _entry(point: EntryPoint) -> Entry:

@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -7,6 +8,11 @@ from textwrap import dedent
 
 import pytest
 import torch
+
+# OpenVINO sends Google statistics of its use, each from a fork of the whole process, which took
+# more than half of the time of an export here. It sends none from a build server, and so does NNCF;
+# of the variables that both take for one, pytest and hypothesis do not look at Jenkins's.
+os.environ.setdefault("JENKINS_URL", "none")
 
 
 @pytest.fixture
@@ -41,6 +47,12 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     yield install
     for module in installed:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without drawings, which take longer than quantizing a small model."""
+    monkeypatch.setattr("ptq4vit_plugin.reporting.figures.draw", lambda record: [])
 
 
 @pytest.fixture(scope="session")

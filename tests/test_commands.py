@@ -18,6 +18,7 @@ from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.files import no_other_run, output_folder
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("undrawn")
 CONFIG = yaml.safe_load((ROOT / "examples" / "digits" / "ptq4vit.yaml").read_text())
 
 

@@ -20,6 +20,7 @@ from ptq4vit_plugin.errors import DataError
 from ptq4vit_plugin.integrations import distributed
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

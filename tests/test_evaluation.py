@@ -3,8 +3,8 @@
 import json
 import math
 import statistics
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +12,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ptq4vit_plugin.data import loader, open_dataset
+from ptq4vit_plugin.data import UnreadableImage, loader, open_dataset
 from ptq4vit_plugin.errors import DataError, ModelError
 from ptq4vit_plugin.evaluation import evaluate, logit_sqnr, wilson_interval
 
@@ -198,47 +199,41 @@ def test_bfloat16_is_close_and_is_not_float32():
     assert mixed.loss == pytest.approx(exact.loss, rel=0.02) and mixed.loss != exact.loss
 
 
-SHARED = """
-import json, sys
-import torch
-from torch import distributed as dist
-from ptq4vit_plugin.data import UnreadableImage, loader
-from ptq4vit_plugin.evaluation import evaluate
-
-class Data:
+class Some:
     names = [f"image{i:02d}" for i in range(23)]
+
     def __len__(self):
         return 23
+
     def __getitem__(self, index):
         if index in (4, 9):
             raise UnreadableImage(self.names[index], "cut off")
         generator = torch.Generator().manual_seed(index)
         return torch.randn(1, 2, 3, generator=generator), index % 6
 
-torch.manual_seed(0)
-model, reference = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 6)) for _ in "ab")
-ranks = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-rank = int(sys.argv[3]) if ranks > 1 else 0
-if ranks > 1:
-    dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=ranks)
-batches = loader(Data(), 4, skip_unreadable=2, share=(rank, ranks))
-metrics = evaluate(model, batches, reference)
-print(metrics.model_dump_json(exclude={"images_per_second"}))
-try:
-    evaluate(model, loader(Data(), 4, skip_unreadable=1, share=(rank, ranks)))
-except ValueError as error:
-    print(error)
-"""
+
+def measured(rank, ranks):
+    """What a process measures of its share, and what it complains about."""
+    torch.manual_seed(0)
+    model, reference = (nn.Sequential(nn.Flatten(), nn.Linear(6, 6)) for _ in "ab")
+    data = loader(Some(), 4, skip_unreadable=2, share=(rank, ranks))
+    metrics = evaluate(model, data, reference).model_dump_json(exclude={"images_per_second"})
+    with pytest.raises(DataError) as error:
+        evaluate(model, loader(Some(), 4, skip_unreadable=1, share=(rank, ranks)))
+    return json.loads(metrics), str(error.value)
+
+
+def measured_together(meeting, rank):
+    torch.set_num_threads(1)  # the threads of the process that it is a copy of were not copied
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    return measured(rank, 2)
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
-    def start(*arguments):
-        command = [sys.executable, "-c", SHARED, str(tmp_path / "meeting"), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    started = [start(), start("2", "0"), start("2", "1")]
-    outputs = [process.communicate(timeout=300)[0].splitlines() for process in started]
-    one, first, second = (json.loads(lines[0]) for lines in outputs)
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        started = [pool.submit(measured_together, tmp_path / "meeting", rank) for rank in (0, 1)]
+        outputs = [measured(0, 1), *(process.result(timeout=300) for process in started)]
+    one, first, second = (metrics for metrics, _ in outputs)
     for _, complaint in outputs:  # in two processes, too, where each has one
         assert complaint.startswith("2 unreadable images (allowed: 1): ")
     assert first == second

@@ -36,6 +36,20 @@ def test_everything_of_this_distribution_loads(group):
             assert callable(registry.load(group, entry.name))
 
 
+def test_what_is_installed_meanwhile_is_found(distribution):
+    folder = distribution("early", {"quantizers": {"early": "m:M"}}, {})
+    os.utime(folder, (1, 1))  # not within one tick of the file system's clock
+    assert registry.find("quantizers", "early").distribution == "early"
+    # Made elsewhere and moved, as pip does.
+    late = distribution("late", {"quantizers": {"late": "m:M"}}, {}) / "late-1.0.dist-info"
+    sys.path.remove(str(late.parent))
+    assert "late" not in names("quantizers")
+    late.rename(folder / late.name)
+    assert registry.find("quantizers", "late").distribution == "late"
+    (folder / late.name).rename(late)
+    assert "late" not in names("quantizers")
+
+
 def test_listing_imports_nothing(distribution):
     folder = distribution(
         "bomb", {"quantizers": {"bomb": "bomb:Bomb"}}, {"bomb": "raise SystemExit('imported')"}

@@ -1,6 +1,7 @@
 """The scale search against a slow, obviously simple loop over candidates in float64."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -360,11 +361,18 @@ def structured(kind, bits, seed, n=100):
     return op, a, b, order
 
 
+@cache
+def exhausted(kind, bits):
+    """What an exhaustive search finds: seconds, and several tests compare with it."""
+    op, a, b, order = structured(kind, bits, seed=bits)
+    return search(op, a, b, order=order, strategy="exhaustive")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", ["linear", "gelu"])
 def test_fast_chooses_what_exhaustive_chooses_where_few_rows_matter(kind, bits):
     op, a, b, order = structured(kind, bits, seed=bits)
-    best = search(op, a, b, order=order, strategy="exhaustive")
+    best = exhausted(kind, bits)
     fast = search(op, a, b, order=order, strategy="fast")
     assert torch.equal(fast.a_index, best.a_index) and torch.equal(fast.b_index, best.b_index)
     assert fast.after == pytest.approx(best.after, rel=1e-5)
@@ -382,7 +390,7 @@ def test_fast_finds_what_exhaustive_finds(kind, error, bits, monkeypatch):
     monkeypatch.setattr(elimination, "AHEAD", 0)  # samples decide
     monkeypatch.setattr(halving, "ERROR", error)  # for weights, a curvature or samples alone
     op, a, b, order = structured(kind, bits, seed=bits)
-    best = search(op, a, b, order=order, strategy="exhaustive")
+    best = exhausted(kind, bits)
     fast = search(op, a, b, order=order, strategy="fast")
     # Here every element's gradient is independent, which is harder than real ops.
     assert fast.after <= best.after * 1.001

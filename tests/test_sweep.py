@@ -35,6 +35,7 @@ BITS = {
     f"W{k}A{k}": {"compression.weights.bits": k, "compression.activations.bits": k} for k in (8, 6)
 }
 KEYS = [(50.0, "a"), (51.0, "c"), (52.0, "a")]
+pytestmark = pytest.mark.usefixtures("undrawn")
 ARGS = {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}
 
 
