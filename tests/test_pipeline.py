@@ -369,7 +369,7 @@ def test_a_quantized_part_of_a_model_is_refused_by_name(model, quantized, inside
         ptq.export(quantized, path, "integer", example_input=images(1))
         part = ptq.load(path, small_vit())
     whole = part if inside == "integer itself" else nn.Sequential(nn.Identity(), part)
-    named = "ReplacedOps" if whole is part else "1"
+    named = "IntegerModel" if whole is part else "1"
     for act in (plan, lambda *args: ptq.quantize(args[0], [args[1]], args[2])):
         with pytest.raises(ModelError, match=f"^model: '{named}' is quantized already; allowed"):
             act(whole, images(1)[0], short())
