@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4vit_plugin.integrations.onnx_functions import OPSET
-from ptq4vit_plugin.integrations.openvino.ir import EXACT
+from ptq4vit_plugin.integrations.openvino.ir import EXACT, core
 from ptq4vit_plugin.integrations.qdq import QDQGrid
 from ptq4vit_plugin.quantizers.branches import Branch
 
@@ -218,7 +218,7 @@ def runners(
         )
     properties = {**EXACT, "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
     properties.pop("LP_TRANSFORMS_MODE", None)
-    compiled = openvino.Core().compile_model(made, "CPU", properties)
+    compiled = core().compile_model(made, "CPU", properties)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ptq4vit_plugin.integrations.onnx import FLOAT, INTEGER
 from ptq4vit_plugin.integrations.onnx_functions import OPSET
-from ptq4vit_plugin.integrations.openvino.ir import EXACT, PRODUCTS
+from ptq4vit_plugin.integrations.openvino.ir import EXACT, PRODUCTS, core
 
 HEADS, CHANNELS = 3, 32
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
@@ -85,7 +85,7 @@ def in_openvino(model: nn.Module, example: tuple[Tensor, Tensor]) -> str:
     """What OpenVINO's CPU plugin makes of it."""
     made = openvino.convert_model(model, example_input=example)
     made.reshape({i: list(x.shape) for i, x in zip(made.inputs, example, strict=True)})
-    compiled = openvino.Core().compile_model(made, "CPU", EXACT)
+    compiled = core().compile_model(made, "CPU", EXACT)
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
         if info["layerType"].astype(str) in PRODUCTS:

@@ -37,7 +37,7 @@ from trained import Trained
 import ptq4vit_plugin as ptq
 from ptq4vit_plugin.errors import PTQ4ViTError
 from ptq4vit_plugin.evaluation import logit_sqnr
-from ptq4vit_plugin.integrations.openvino.ir import in_float
+from ptq4vit_plugin.integrations.openvino.ir import core, in_float
 from ptq4vit_plugin.integrations.timm.models import Recipe, create
 from ptq4vit_plugin.record import record_of
 
@@ -82,7 +82,7 @@ class Form:
 def forms() -> list[Form]:
     """All forms on this machine."""
     hints = ["f32"]
-    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         hints.append("bf16")
     made = [Form("PyTorch float", "float.pt"), Form("ONNX Runtime float", "float.onnx")]
     made += [Form(f"PyTorch integer {plan}", f"{plan}.safetensors") for plan in PLANS]
@@ -181,7 +181,7 @@ def runner(form: Form, folder: Path, model: nn.Module) -> Run:
         "INFERENCE_NUM_THREADS": str(threads),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.Core().compile_model(path, "CPU", properties)
+    compiled = core().compile_model(path, "CPU", properties)
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
 
@@ -238,7 +238,7 @@ def time_all(arguments: argparse.Namespace) -> None:
     results["machine"] = {
         "cpu": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "openvino_capabilities": openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+        "openvino_capabilities": core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
         "threads": torch.get_num_threads(),
         "openvino": openvino.__version__,
         "onnxruntime": onnxruntime.__version__,
@@ -280,7 +280,7 @@ def quality(arguments: argparse.Namespace) -> None:
             continue
         ways = {"": runner(form, folder, model)}
         if form.hint == "f32" and form.file.endswith(".xml") and form.file != "float.xml":
-            exact = in_float(openvino.Core().read_model(folder / form.file))
+            exact = in_float(core().read_model(folder / form.file))
             ways["exact_"] = lambda images, run=exact: torch.from_numpy(run(images)[0])
         found[form.title] = {}
         for way, run in ways.items():
@@ -305,7 +305,7 @@ def profile(arguments: argparse.Namespace) -> None:
                 continue
             properties = {"INFERENCE_PRECISION_HINT": form.hint, "PERF_COUNT": "YES"}
             properties["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
-            request = openvino.Core().compile_model(path, "CPU", properties).create_infer_request()
+            request = core().compile_model(path, "CPU", properties).create_infer_request()
             kinds: dict[str, list[float]] = {}
             for turn in range(arguments.repeats + WARM_UP):
                 request.infer([images])

@@ -13,7 +13,7 @@ from ptq4vit_plugin.integrations.openvino.convolutions import (  # noqa: E402
     wrong_convolutions,
 )
 from ptq4vit_plugin.integrations.openvino.heads import keep_apart  # noqa: E402
-from ptq4vit_plugin.integrations.openvino.ir import EXACT, IN_FLOAT, _both_ways  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.ir import EXACT, IN_FLOAT, _both_ways, core  # noqa: E402
 
 STEP = 0.02
 
@@ -43,7 +43,7 @@ def converted(model, example, size):
 
 
 def run(model, x, how):
-    return torch.from_numpy(openvino.Core().compile_model(model, "CPU", how)(x.numpy())[0].copy())
+    return torch.from_numpy(core().compile_model(model, "CPU", how)(x.numpy())[0].copy())
 
 
 def sqnr(expected, found):
@@ -155,7 +155,7 @@ def test_a_quantizer_per_head_is_kept_out_of_the_product(batch):
     expected = model(x)
     # Only ties may round the other way.
     assert sqnr(expected, run(made, x, IN_FLOAT)) > 60
-    compiled = openvino.Core().compile_model(made, "CPU", EXACT)
+    compiled = core().compile_model(made, "CPU", EXACT)
     products = [
         node.get_rt_info()["runtimePrecision"].astype(str)
         for node in compiled.get_runtime_model().get_ops()

@@ -3,6 +3,8 @@
 import copy
 import logging
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -98,6 +100,39 @@ def test_the_callers_state_stays_as_it_is(tmp_path, format, quantized):
     os.umask(mask)
     for name in report.files:
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+INTERRUPTED = """
+import signal
+import sys
+
+import ptq4vit_plugin as ptq
+from models import images, small_vit
+
+data = images(1)
+some = {"algorithm": "ptq4vit", "rounds": 1, "search_range": {"n": 3}}
+model = ptq.quantize(small_vit(1), data, some)
+for name in ("a.xml", "b.xml"):
+    ptq.export(model, f"{sys.argv[1]}/{name}", "openvino", data)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_process_can_be_interrupted_after_an_export(tmp_path):
+    """Every `openvino.Core` that compiled gives the process a stack for signal handlers, and takes
+    it away when it goes: with several, Ctrl-C then ran on memory that was freed."""
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "interrupted"
 
 
 def test_differences_per_op_of_a_model_that_only_its_code_can_build(tmp_path):

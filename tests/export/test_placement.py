@@ -8,7 +8,7 @@ openvino = pytest.importorskip("openvino")
 
 import ptq4vit_plugin as ptq  # noqa: E402
 from ptq4vit_plugin.integrations.openvino import ir as exporter  # noqa: E402
-from ptq4vit_plugin.integrations.openvino.ir import IN_FLOAT, OpenVINOExporter  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.ir import IN_FLOAT, OpenVINOExporter, core  # noqa: E402
 from ptq4vit_plugin.integrations.openvino.placement import place_quantizers  # noqa: E402
 
 TOKENS, HEADS, WIDTH = 5, 2, 4
@@ -55,7 +55,7 @@ def converted(model):
 
 
 def run(model, x):
-    return openvino.Core().compile_model(model, "CPU", IN_FLOAT)(x.numpy())[0].copy()
+    return core().compile_model(model, "CPU", IN_FLOAT)(x.numpy())[0].copy()
 
 
 def above(node):
@@ -142,7 +142,7 @@ def test_an_exported_model_reorders_codes(family, float_model, batch, tmp_path):
     config = {"algorithm": "base_ptq", "metric": "mse", "search_range": {"n": 4}, "rounds": 1}
     model = ptq.quantize(float_model(family), [x], {**config, "target": "openvino"})
     OpenVINOExporter().write(model, tmp_path / "m.xml", x, (0,))
-    compiled = openvino.Core().compile_model(tmp_path / "m.xml", "CPU")
+    compiled = core().compile_model(tmp_path / "m.xml", "CPU")
     splits = [
         node.rt_info["outputPrecisions"].astype(str)
         for node in compiled.get_runtime_model().get_ordered_ops()

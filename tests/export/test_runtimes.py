@@ -18,6 +18,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 openvino = pytest.importorskip("openvino")
 
+from ptq4vit_plugin.integrations.openvino.ir import core  # noqa: E402
+
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 
 
@@ -156,7 +158,7 @@ def test_openvino_runs_every_planned_product_in_integers(exported):
     path, report = exported("openvino", "vit", 4)
     # The embedding, per block 8 products, the head.
     assert report.facts["integer_products"] == report.facts["planned_products"] == 18
-    model = openvino.Core().read_model(path)
+    model = core().read_model(path)
     levels = {
         op.get_attributes()["levels"]
         for op in model.get_ops()
@@ -232,7 +234,7 @@ def test_target_openvino_converts_by_openvinos_own_way(quantized, batch):
     settings = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
     with torch.no_grad():
         made = openvino.convert_model(model, example_input=x)
-        out = torch.from_numpy(openvino.Core().compile_model(made, "CPU", settings)(x.numpy())[0])
+        out = torch.from_numpy(core().compile_model(made, "CPU", settings)(x.numpy())[0])
         assert logit_sqnr(model(x), out) > 30
 
 
@@ -304,7 +306,7 @@ def test_the_batch_is_dynamic_where_the_image_size_is_fixed(format, exported, ba
         sizes = [d.dim_param or d.dim_value for d in shape]
         assert sizes == ["batch", 3, 32, 32]
     else:
-        shape = openvino.Core().read_model(path).inputs[0].partial_shape
+        shape = core().read_model(path).inputs[0].partial_shape
         assert shape[0].is_dynamic and [shape[d].get_length() for d in (1, 2, 3)] == [3, 32, 32]
     run = exporter_of(path).read_in_float(path)
     x = batch("vit", 5, seed=3)
@@ -317,7 +319,7 @@ def test_openvinos_own_conversion_takes_our_models(quantized, batch):
     with torch.no_grad():
         made = openvino.convert_model(model, example_input=x)
         settings = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
-        out = torch.from_numpy(openvino.Core().compile_model(made, "CPU", settings)(x.numpy())[0])
+        out = torch.from_numpy(core().compile_model(made, "CPU", settings)(x.numpy())[0])
         assert logit_sqnr(model(x), out) > 30
 
 
@@ -447,7 +449,7 @@ def test_products_of_a_kernel_in_float_are_named(kernel, integer, quantized, mon
         def get_ops(self):
             return [Node(",".join(nodes), kernel), Node(f"{norm}/Add,", "jit_avx512_f32")]
 
-    monkeypatch.setattr(exporter.openvino, "Core", Core)
+    monkeypatch.setattr(exporter, "core", Core)
     _, ops = qdq_model(quantized("vit", 8))
     facts = exporter._precisions(None, ops)
     assert facts["integer_products"] == integer

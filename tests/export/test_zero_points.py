@@ -7,7 +7,7 @@ import torch
 openvino = pytest.importorskip("openvino")
 
 import ptq4vit_plugin as ptq  # noqa: E402
-from ptq4vit_plugin.integrations.openvino.ir import IN_FLOAT, OpenVINOExporter  # noqa: E402
+from ptq4vit_plugin.integrations.openvino.ir import IN_FLOAT, OpenVINOExporter, core  # noqa: E402
 from ptq4vit_plugin.integrations.openvino.zero_points import fold_zero_points  # noqa: E402
 
 SCALE, ZERO = 0.02, 90
@@ -63,7 +63,7 @@ def test_the_product_without_a_zero_point_gives_the_same(case):
     assert lowest(made) == pytest.approx(-ZERO * SCALE)
     fold_zero_points(made)
     assert lowest(made) == 0
-    got = openvino.Core().compile_model(made, "CPU", IN_FLOAT)(x.numpy())[0]
+    got = core().compile_model(made, "CPU", IN_FLOAT)(x.numpy())[0]
     with torch.no_grad():
         np.testing.assert_allclose(got, model(x).numpy(), atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_an_exported_model_has_no_zero_points(float_model, batch, tmp_path):
     config = {"algorithm": "ptq4vit_plus", "search_range": {"n": 4}, "rounds": 1}
     model = ptq.quantize(float_model("vit"), [x], {**config, "target": "openvino"})
     OpenVINOExporter().write(model, tmp_path / "m.xml", x, (0,))
-    made = openvino.Core().read_model(tmp_path / "m.xml")
+    made = core().read_model(tmp_path / "m.xml")
     quantizers = [n for n in made.get_ordered_ops() if n.get_type_name() == "FakeQuantize"]
     # Image and head; per block both norms, queries with keys and values, softmax, heads, GELU.
     assert len(quantizers) == 2 + 2 * 6

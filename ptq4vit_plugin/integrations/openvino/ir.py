@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -264,17 +265,29 @@ def _in_its_batches(
     return together
 
 
+@cache
+def core() -> openvino.Core:
+    """The process's one core, for good.
+
+    In version 2026.4 a core that compiles gives the process a stack for signal handlers, and puts
+    back the one from before when it goes. Of two cores, the last to go puts back what the other one
+    has freed, and the next signal (Ctrl-C, the end of a child process) ends in a segmentation
+    fault.
+    """
+    return openvino.Core()
+
+
 def _read(path: Path) -> openvino.Model:
     check_seal(path, [path.with_suffix(".bin")])
     try:
-        return openvino.Core().read_model(path)
+        return core().read_model(path)
     except RuntimeError as error:
         raise CheckpointError(f"'{path}': OpenVINO cannot read it: {error}") from error
 
 
 def _compiled(model: openvino.Model, settings: dict[str, str]) -> openvino.CompiledModel:
     threads = {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
-    return openvino.Core().compile_model(model, "CPU", {**settings, **threads})
+    return core().compile_model(model, "CPU", {**settings, **threads})
 
 
 def _runner(model: openvino.Model, settings: dict[str, str]) -> Callable[[Tensor], Tensor]:
@@ -316,7 +329,7 @@ def _precisions(model: openvino.Model, ops: Sequence[QuantizedOp]) -> dict[str, 
     where it fused a product into one without a name.
     """
     planned = {ReplacedOps.key(op.name): op.name for op in ops if op.integer}
-    compiled = openvino.Core().compile_model(model, "CPU", EXACT)
+    compiled = core().compile_model(model, "CPU", EXACT)
     integer, floating = 0, []
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
