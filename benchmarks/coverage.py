@@ -419,8 +419,9 @@ def page(results: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
     return [
         "# Coverage of timm's attention models",
         "",
-        "Written by `python benchmarks/coverage.py write`; do not edit. `survey`, `measure` and "
-        "`export` of the same script made the numbers.",
+        "Written by `python benchmarks/coverage.py write --results benchmarks/coverage.json --page "
+        "docs/coverage.md`; do not edit. `survey`, `measure`, `export` and `files` of the same "
+        "script made the numbers.",
         "",
         "## How families are counted",
         "",

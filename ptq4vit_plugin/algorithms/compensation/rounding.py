@@ -23,8 +23,7 @@ ROWS = 32
 def held_out_rounding(fit: Normal, check: Normal | None, weight: Tensor, grid: RowGrid) -> Tensor:
     """`compensated_rounding` on all tokens, with the damping that is best on held-out ones.
 
-    Rounding to nearest is one of the choices. They are compared on `ROWS` output channels; on all
-    tokens no output channel gets worse than by rounding to nearest.
+    Rounding to nearest is one of the choices. They are compared on `ROWS` output channels.
 
     Parameters
     ----------
@@ -33,7 +32,7 @@ def held_out_rounding(fit: Normal, check: Normal | None, weight: Tensor, grid: R
     """
     weight = weight.double()
     if check is None:
-        return _no_worse(weight, fit.gram, DAMPINGS[-1], grid)
+        return compensated_rounding(weight, fit.gram, DAMPINGS[-1], grid)
     rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long().to(weight.device)
     some, some_grid = weight[rows], grid.rows(rows)
 
@@ -48,14 +47,7 @@ def held_out_rounding(fit: Normal, check: Normal | None, weight: Tensor, grid: R
             best, least = damping, loss
     if best is None:
         return grid.nearest(weight)
-    return _no_worse(weight, (fit + check).gram, best, grid)
-
-
-def _no_worse(weight: Tensor, gram: Tensor, damping: float, grid: RowGrid) -> Tensor:
-    """`compensated_rounding`, and to nearest the rows whose error on the tokens it makes larger."""
-    rounded, nearest = compensated_rounding(weight, gram, damping, grid), grid.nearest(weight)
-    errors = [(((w - weight) @ gram) * (w - weight)).sum(1) for w in (rounded, nearest)]
-    return torch.where((errors[0] <= errors[1])[:, None], rounded, nearest)
+    return compensated_rounding(weight, (fit + check).gram, best, grid)
 
 
 def compensated_rounding(weight: Tensor, gram: Tensor, damping: float, grid: RowGrid) -> Tensor:
