@@ -1,7 +1,12 @@
 """Small models and images that several test files use."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
@@ -30,3 +35,19 @@ def sqnr(reference: Tensor, output: Tensor) -> float:
             reference.detach().var(correction=0) / (reference - output).detach().square().mean()
         )
     )
+
+
+def in_a_new_process(checkpoint: Path, x: Tensor) -> Tensor:
+    """What a checkpoint's model computes of `x`, loaded by a process of its own."""
+    script = (
+        "import sys, torch, ptq4vit_plugin as ptq\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "model = ptq.load(sys.argv[1])\n"
+        "with torch.no_grad():\n"
+        "    save_file({'y': model(load_file(sys.argv[2])['x'])}, sys.argv[3])\n"
+    )
+    files = [checkpoint.with_name(name) for name in ("x.tensors", "y.tensors")]
+    save_file({"x": x}, files[0])
+    command = [sys.executable, "-c", script, checkpoint, *files]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+    return load_file(files[1])["y"]

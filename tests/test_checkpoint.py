@@ -4,14 +4,12 @@ import copy
 import json
 import math
 import resource
-import subprocess
-import sys
 
 import nncf
 import pytest
 import timm
 import torch
-from models import ARGS, images, small_vit
+from models import ARGS, images, in_a_new_process, small_vit
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -47,22 +45,9 @@ def edited(saved, target, change):
     return target
 
 
-def test_a_new_process_computes_the_same_logits_bit_for_bit(quantized, saved, tmp_path):
+def test_a_new_process_computes_the_same_logits_bit_for_bit(quantized, saved):
     x = images(1)[0]
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    script = (
-        "import sys, torch, ptq4vit_plugin as ptq\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "model = ptq.load(sys.argv[1])\n"
-        "with torch.no_grad():\n"
-        "    save_file({'y': model(load_file(sys.argv[2])['x'])}, sys.argv[3])\n"
-    )
-    files = [saved, tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
-    subprocess.run(
-        [sys.executable, "-c", script, *map(str, files)], check=True, capture_output=True
-    )
-    with safe_open(files[2], "pt") as file:
-        assert torch.equal(file.get_tensor("y"), quantized(x))
+    assert torch.equal(in_a_new_process(saved, x), quantized(x))
 
 
 @pytest.mark.parametrize(

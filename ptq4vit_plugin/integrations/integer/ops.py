@@ -98,6 +98,8 @@ class IntegerOp(nn.Module):
     ) -> Tensor:
         """The op's float output; dtype of its left argument."""
         left, right, rest, named = factors(function, args, kwargs)
+        rest = tuple(map(_float32, rest))
+        named = {name: _float32(value) for name, value in named.items()}
         out = self.compute(function, left.float(), right, rest, named)
         return out.to(left.dtype)
 
@@ -110,7 +112,8 @@ class IntegerOp(nn.Module):
         rest: tuple[Any, ...],
         named: dict[str, Any],
     ) -> Tensor:
-        """As `forward`, from the call's operands and its other arguments."""
+        """As `forward`, from the call's operands and its other arguments, of which all tensors but
+        the right operand are float32."""
 
     @abstractmethod
     def input_codes(self, left: Tensor, right: Tensor) -> dict[int, Tensor]:
@@ -181,7 +184,6 @@ class WeightedOp(IntegerOp):
             Makes the matrix ``[N, groups * I]`` of what has the shape of ``left``.
         """
         branches = self.left.branches
-        bias = None if bias is None else bias.float()
         scales = [(b.scale.reshape(-1) * self.scale).expand(len(self.codes)) for b in branches]
         shift = self.left.shift()
         if shift is not None and self.bound * (1 + 2**shift) < INT32:
@@ -206,7 +208,7 @@ class IntegerLinear(WeightedOp):
 
     def compute(self, function, left, right, rest, named):
         if self.left is None:
-            return _in_float32(function, left, self.weight(), rest, named)
+            return function(left, self.weight(), *rest, **named)
         bias = rest[0] if rest else named.get("bias")
         out = self.rescaled(lambda codes: codes.reshape(-1, codes.shape[-1]), left, bias)
         return out.reshape(*left.shape[:-1], -1)
@@ -217,7 +219,7 @@ class IntegerConv2d(WeightedOp):
 
     def compute(self, function, left, right, rest, named):
         if self.left is None:
-            return _in_float32(function, left, self.weight(), rest, named)
+            return function(left, self.weight(), *rest, **named)
         names = ("bias", "stride", "padding", "dilation", "groups")
         call = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
         call |= dict(zip(names, rest, strict=False)) | named
@@ -280,26 +282,14 @@ class FloatWeightOp(IntegerOp):
     """A linear or convolution of which only the activations are quantized."""
 
     def compute(self, function, left, right, rest, named):
-        return _in_float32(function, self.left.values(left), right, rest, named)
+        return function(self.left.values(left), right.float(), *rest, **named)
 
     def input_codes(self, left: Tensor, right: Tensor) -> dict[int, Tensor]:
         return {0: packed_codes(self.left.branches, left.float())}
 
 
-def _in_float32(
-    function: Callable[..., Tensor],
-    left: Tensor,
-    right: Tensor,
-    rest: tuple[Any, ...],
-    named: dict[str, Any],
-) -> Tensor:
-    """A linear or convolution of which one operand is float, in whatever type the model is."""
-
-    def wide(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) else value
-
-    more = {name: wide(value) for name, value in named.items()}
-    return function(wide(left), wide(right), *map(wide, rest), **more)
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
 
 
 def _dense(x: Tensor) -> Tensor:
