@@ -177,6 +177,10 @@ UNSIGNED = {"signed": False}
         # A row's factor can be taken out of the left side of a product of activations only.
         ("ptq4vit", "numerator", "right", ("uniform", {})),
         ("ptq4vit", "numerator", "linear", ("uniform", UNSIGNED)),
+        # One scale per tensor and a zero point: for what a bias follows.
+        ("ptq4vit", "piecewise", "left", ("uniform", UNSIGNED)),
+        ("ptq4vit", "piecewise", "right", ("uniform", {})),
+        ("ptq4vit", "piecewise", "linear", ("piecewise", {})),
         # The paper's baseline is signed.
         ("base_ptq", None, "left", ("uniform", {})),
     ],

@@ -193,7 +193,7 @@ def test_an_override_keeps_what_it_does_not_say(model):
     x, weight = ops["blocks/0/mlp/fc2/linear/0"]
     assert (x.quantizer, x.bits) == ("uniform", 5)
     assert (weight.bits, weight.granularity) == (6, "tensor")
-    assert ops["blocks/0/mlp/fc1/linear/0"][0].quantizer == "asymmetric"
+    assert ops["blocks/0/mlp/fc1/linear/0"][0].quantizer == "piecewise"
 
 
 def test_granularity_paper(model):

@@ -63,8 +63,8 @@ def test_plus_beats_ptq4vit_and_survives_saving(net, images, tmp_path):
 def test_the_preset_is_its_three_steps(net, images):
     data = list(images[:16].split(8))
     fields = {k: v for k, v in config(4).items() if k != "algorithm"}
-    twin = {"softmax": "numerator", "gelu": "asymmetric"}
-    fields["activations"] = {"bits": 4, "quantizer": "asymmetric"}
+    twin = {"softmax": "numerator", "gelu": "piecewise"}
+    fields["activations"] = {"bits": 4, "quantizer": "piecewise"}
     search = {"algorithm": "ptq4vit", **fields, "twin": twin, "gradient": {"kind": "output"}}
     steps = ["fold_norms", search, "compensate"]
     with torch.no_grad():

@@ -112,6 +112,8 @@ def _operand(op: FoundOp, port: int, settings: Settings) -> Operand:
     if quantizer == "asymmetric" and op.kind == "matmul" and source.kind != "softmax":
         # A zero point needs a bias that takes it up, or, as a softmax's, to be zero.
         quantizer = "uniform"
+    if quantizer == "piecewise" and op.kind == "matmul":
+        quantizer, options = "uniform", uniform_options(source.kind, port)
     if quantizer == "numerator" and (op.kind != "matmul" or port == 1):
         # Its rows' factors can be taken out of the left factor of a matrix product only.
         quantizer, options = "uniform", uniform_options(source.kind, port)

@@ -1,4 +1,4 @@
-"""PTQ4ViT plus: folds, zero points, softmax's numerator, closed-form compensation; plain int8."""
+"""PTQ4ViT plus: folds, zero points, uneven levels, closed-form compensation; plain int8."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from ptq4vit_plugin.integrations.nncf.streams import find_images
 
 
 class PlusActivations(Activations):
-    """As `Activations`; with a zero point where a bias can take it up."""
+    """As `Activations`; with a zero point where a bias can take it up, and below 8 bits with levels
+    that may lie closer around zero."""
 
-    quantizer: QuantizerName = "asymmetric"
+    quantizer: QuantizerName = "piecewise"
 
 
 class PlusTwin(Twin):
-    """As `Twin`; by default neither is a twin, both are single uniform grids."""
+    """As `Twin`; by default neither is a twin, both are single integer grids."""
 
     softmax: TwinChoice = "numerator"
-    gelu: TwinChoice = "asymmetric"
+    gelu: TwinChoice = "piecewise"
 
 
 class PlusGradient(Gradient):
@@ -46,7 +47,7 @@ class PTQ4ViTPlus(ScaleSearch):
     """The Hessian-guided search between exact folds and closed-form compensation.
 
     Same steps as the config ``[fold_norms, ptq4vit with these quantizers, compensate]``. Every
-    operand is one uniform integer tensor: no twin quantizers, so every product is a single integer
+    operand is one integer tensor: no twin quantizers, so every product is a single integer
     product.
     """
 

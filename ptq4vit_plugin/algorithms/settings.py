@@ -18,9 +18,16 @@ def _registered(name: str) -> str:
     return registry.find("quantizers", name).name
 
 
+#: Quantizers that weights cannot have, and why.
+ACTIVATIONS_ONLY = {
+    "numerator": "is for softmax outputs: weights have no rows to divide by",
+    "piecewise": "is for activations: it has one scale per tensor",
+}
+
+
 def _for_weights(name: str) -> str:
-    if name == "numerator":
-        raise ConfigError("'numerator' is for softmax outputs: weights have no rows to divide by")
+    if name in ACTIVATIONS_ONLY:
+        raise ConfigError(f"'{name}' {ACTIVATIONS_ONLY[name]}")
     return name
 
 
@@ -31,7 +38,7 @@ def _names(schema: dict[str, Any]) -> None:
 
 def _names_for_weights(schema: dict[str, Any]) -> None:
     _names(schema)
-    schema["enum"].remove("numerator")
+    schema["enum"] = [name for name in schema["enum"] if name not in ACTIVATIONS_ONLY]
 
 
 def _pattern(scope: str) -> str:

@@ -109,6 +109,7 @@ class QDQGrid(nn.Module):
         self.zero = torch.full((scale.numel(),), zero, dtype=torch.int32)
         self.zero_point = zero
         self.scale = _number(scale)
+        self.knee, self.coarse = _number(branch.knee * scale), branch.coarse
         self.split = None if branch.split is None else _number(branch.split)
         lowest, highest = (end - zero for end in self.range)
         clamps_low = not constant and branch.lowest > lowest
@@ -132,12 +133,20 @@ class QDQGrid(nn.Module):
             x = _clamp(x, self.low, "min")
         if self.high is not None:
             x = _clamp(x, self.high, "max")
+        if self.coarse > 1:
+            x = self._coarser(x)
         if isinstance(self.scale, float):
             x = torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *self.range)
             return x, factor
         scale = self.scale.flatten()
         x = torch.fake_quantize_per_channel_affine(x, scale, self.zero, self.axis, *self.range)
         return x, factor
+
+    def _coarser(self, x: Tensor) -> Tensor:
+        """Numbers beyond the knee on their levels; the others are left to what rounds them all."""
+        inner = _clamp(_clamp(x, -self.knee, "min"), self.knee, "max")
+        step = self.coarse * self.scale
+        return inner + torch.round((x - inner) * (1 / step)) * step
 
     def _cut(self, x: Tensor) -> Tensor:
         above = x > self.split

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from nncf.common.quantization.structs import QuantizationScheme
 from nncf.torch.quantization.layers import AsymmetricQuantizer, PTQuantizerSpec
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq4vit_plugin.quantizers.base import NEGLIGIBLE, Grouping, OperandQuantizer, SearchRange
 
@@ -52,25 +52,30 @@ class Asymmetric(OperandQuantizer):
         return self._zero_points
 
     def candidates(self) -> Tensor:
-        low, high = self.low.clamp_max(0), self.high.clamp_min(0)
-        top = self.highest
-        if bool((low < 0).any()):
-            steps = max(1, round(self.search.n * HIGHS))
-            search = SearchRange(self.search.alpha, self.search.beta, steps)
-            highs = search.candidates(high)
-            lows = torch.tensor(LOWS, dtype=low.dtype, device=low.device)
-            lows = lows.view(-1, 1, *[1] * low.dim()) * low
-            # Highest value runs faster: neighbours in the table differ a little.
-            high = torch.cat([highs[:-1].repeat(len(LOWS), *[1] * low.dim()), highs[-1:]])
-            low = torch.cat([lows.expand(-1, steps, *low.shape).flatten(0, 1), low[None]])
-        else:
-            high = self.search.candidates(high)
-            low = torch.zeros_like(high)
+        low, high = self.ends()
         width = high - low
         # Half a step beyond the last level still rounds to it.
-        scale = torch.where(width > NEGLIGIBLE, width / (top + 0.5), torch.ones_like(width))
-        self._zero_points = (-low / scale).round().clamp(0, top)
+        scale = torch.where(
+            width > NEGLIGIBLE, width / (self.highest + 0.5), torch.ones_like(width)
+        )
+        self._zero_points = (-low / scale).round().clamp(0, self.highest)
         return scale
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Return the lowest and the highest value of all candidates, then the observed ones."""
+        low, high = self.low.clamp_max(0), self.high.clamp_min(0)
+        if not bool((low < 0).any()):
+            high = self.search.candidates(high)
+            return torch.zeros_like(high), high
+        steps = max(1, round(self.search.n * HIGHS))
+        search = SearchRange(self.search.alpha, self.search.beta, steps)
+        highs = search.candidates(high)
+        lows = torch.tensor(LOWS, dtype=low.dtype, device=low.device)
+        lows = lows.view(-1, 1, *[1] * low.dim()) * low
+        # Highest value runs faster: neighbours in the table differ a little.
+        high = torch.cat([highs[:-1].repeat(len(LOWS), *[1] * low.dim()), highs[-1:]])
+        low = torch.cat([lows.expand(-1, steps, *low.shape).flatten(0, 1), low[None]])
+        return low, high
 
     def of_columns(self, columns: Tensor) -> OperandQuantizer:
         zero_points = self.zero_points  # makes the table, too
@@ -94,12 +99,13 @@ class Asymmetric(OperandQuantizer):
         scale = self.at(index)
         return [(self._codes(x, scale, self.zero_at(index)).to(torch.int16), scale)]
 
-    def module(
-        self, index: int | Tensor, layout: Callable[[Tensor], Tensor]
-    ) -> AsymmetricQuantizer:
+    def module(self, index: int | Tensor, layout: Callable[[Tensor], Tensor]) -> nn.Module:
         """Return NNCF's quantizer with the same levels (to float32 rounding)."""
         scale = self.at_hook(self.at(index), layout)
-        zero = self.at_hook(self.zero_at(index), layout)
+        return self.nncf_quantizer(scale, self.at_hook(self.zero_at(index), layout))
+
+    def nncf_quantizer(self, scale: Tensor, zero_point: Tensor) -> AsymmetricQuantizer:
+        """Return NNCF's quantizer of these steps and zero points, in the shape at the hook."""
         spec = PTQuantizerSpec(
             num_bits=self.bits,
             mode=QuantizationScheme.ASYMMETRIC,
@@ -111,7 +117,7 @@ class Asymmetric(OperandQuantizer):
         )
         quantizer = AsymmetricQuantizer(spec).to(scale.device)
         with torch.no_grad():
-            quantizer.input_low.copy_(-zero * scale)
+            quantizer.input_low.copy_(-zero_point * scale)
             quantizer.input_range.copy_(scale * self.highest - quantizer.eps)
         return quantizer
 

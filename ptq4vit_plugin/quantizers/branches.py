@@ -1,4 +1,4 @@
-"""Quantizers as sums of uniform grids: the form in which integer arithmetic runs them.
+"""Quantizers as sums of integer grids: the form in which integer arithmetic runs them.
 
 A matrix product distributes over the sum, so every branch is one integer operand, and a twin
 quantizer costs two products.
@@ -25,8 +25,54 @@ def row_peak(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """Whole numbers that codes stand for: single steps up to a knee, and coarser ones beyond it.
+
+    Piecewise linear quantization (Fang et al., 2002.00104), with steps whose ratio is a whole
+    number: all levels are on one integer grid, and the product stays a single integer one.
+
+    Parameters
+    ----------
+    lowest, highest
+        Smallest and largest level.
+    knee, coarse
+        Levels beyond `knee`, by magnitude, are `coarse` apart.
+    """
+
+    lowest: int
+    highest: int
+    knee: int = 0
+    coarse: int = 1
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The levels nearest to `x`, which is overwritten; ties to even numbers of steps."""
+        return self.rounded(x).clamp_(self.lowest, self.highest)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """As `nearest`, as if the levels had no ends."""
+        if self.coarse == 1:
+            return x.round_()
+        inner = x.clamp(-self.knee, self.knee)
+        outer = x.sub_(inner).div_(self.coarse).round_().mul_(self.coarse)
+        return outer.add_(inner.round_())
+
+    def counted(self, levels: Tensor) -> Tensor:
+        """Places of levels in their order, counted from zero: what a k-bit code has room for."""
+        if self.coarse == 1:
+            return levels
+        inner = levels.clamp(-self.knee, self.knee)
+        return inner + (levels - inner) / self.coarse
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """`counted` of the lowest and the highest."""
+        low, high = self.counted(torch.tensor([self.lowest, self.highest])).int().tolist()
+        return low, high
+
+
+@dataclass(frozen=True)
 class Branch:
-    """One uniform grid of a quantizer.
+    """One grid of a quantizer.
 
     ``quantizer(x) == sum(branch.codes(x) * branch.scale)`` over the quantizer's branches.
 
@@ -47,6 +93,8 @@ class Branch:
     per_row
         Codes are of ``x / peak``, `peak` the largest number of every row of x; the product has to
         be multiplied by it.
+    knee, coarse
+        See `Levels`.
     """
 
     scale: Tensor
@@ -57,6 +105,8 @@ class Branch:
     flag: int = 0
     bounded: bool = False
     per_row: bool = False
+    knee: int = 0
+    coarse: int = 1
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer-valued float32 codes of float32 `x`, in its shape."""
@@ -65,9 +115,14 @@ class Branch:
     def rounded(self, x: Tensor) -> Tensor:
         """`codes` of rows that are over their peaks already, where the grid is of such."""
         # The reciprocal, as in torch's own conversion to bytes and in NNCF's quantizers.
-        codes = (x * self.scale.reciprocal()).round_().clamp_(self.lowest, self.highest)
+        codes = self.levels.nearest(x * self.scale.reciprocal())
         # Ones and zeros in float32 at once: multiplying by bools takes twice as long.
         return codes if self.split is None else codes.mul_(self.mine(x, torch.empty_like(x)))
+
+    @property
+    def levels(self) -> Levels:
+        """The codes that there are."""
+        return Levels(self.lowest, self.highest, self.knee, self.coarse)
 
     def mine(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Which elements lie on this branch's side of the split, as bools or in `out`."""
@@ -109,10 +164,13 @@ def packed_codes(branches: list[Branch], x: Tensor) -> Tensor:
     For a softmax twin the top bit is the range flag; for a GELU twin the sign selects the step.
     8-bit codes less a zero point may fit neither and are int16.
     """
-    codes = sum(branch.codes(x) + branch.flag * _flagged(branch, x) for branch in branches)
+    codes = sum(
+        branch.levels.counted(branch.codes(x)) + branch.flag * _flagged(branch, x)
+        for branch in branches
+    )
     if all(branch.lowest >= 0 for branch in branches):
         return codes.to(torch.uint8)
-    fits = all(branch.lowest >= -128 and branch.highest <= 127 for branch in branches)
+    fits = all(-128 <= low and high <= 127 for low, high in (b.levels.places for b in branches))
     return codes.to(torch.int8 if fits else torch.int16)
 
 

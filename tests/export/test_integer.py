@@ -413,7 +413,7 @@ def test_zero_points_and_softmax_rows_compute_in_integers(
 ):
     model, x = quantized("vit", bits, algorithm="ptq4vit_plus"), batch("vit", 8, seed=4)
     operands = [o for op in ptq.describe(model) for o in op.operands]
-    assert {"asymmetric", "numerator"} < {o.quantizer for o in operands}
+    assert {"piecewise", "numerator"} < {o.quantizer for o in operands}
     report = ptq.export(model, tmp_path / "m", example_input=x)
     assert report.facts["float_ops"] == []
     loaded = ptq.load(tmp_path / "m.safetensors")

@@ -8,6 +8,9 @@ import torch
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
 
+from ptq4vit_plugin.quantizers.branches import branches_of
+from ptq4vit_plugin.quantizers.piecewise import PiecewiseQuantizer
+
 #: Candidates, relative to the range that was there.
 FACTORS = (0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.45, 1.6, 2.0, 2.5, 3.2, 4.0)
 #: Effective number of rows from which the calibration set's own range is good enough.
@@ -30,7 +33,8 @@ def best_range(
     Parameters
     ----------
     quantizer
-        Of one scale for all rows or one per group; any but NNCF's is returned as it is.
+        Of one scale for all rows or one per group; any but NNCF's and `PiecewiseQuantizer` is
+        returned as it is.
     rows
         ``[G, N, I]``: what it quantizes, group by group, image after image.
     columns
@@ -77,8 +81,8 @@ def _errors(
     further
         ``[G, 1, 1]``.
     """
-    low, high = (end.reshape(-1, 1, 1) for end in quantizer.get_input_low_input_high())
-    top = quantizer.levels - 1
+    (grid,) = branches_of(quantizer)
+    scale = grid.scale.reshape(-1, 1, 1)
     share = share.mT.expand(len(rows), -1, -1)
     mean = share @ rows
     # Of every candidate, for both kinds of rows: the mean error of a column, and its square's.
@@ -87,9 +91,8 @@ def _errors(
     for some, weights in zip(rows.split(length, 1), share.split(length, 2), strict=True):
         for kind, x in enumerate((some, torch.lerp(mean, some, further))):
             for factor, (first, second) in zip(FACTORS, sums[:, kind], strict=True):
-                step = factor * (high - low) / top
-                above = x - factor * low  # the same zero point, another step
-                error = (above * step.reciprocal()).round_().clamp_(0, top).mul_(step).sub_(above)
+                step = factor * scale
+                error = grid.levels.nearest(x * step.reciprocal()).mul_(step).sub_(x)
                 first += (weights @ error)[:, 0]
                 second += (weights @ error.square_())[:, 0]
     variance = sums[:, :, 1] - sums[:, :, 0].square()
@@ -142,7 +145,8 @@ def effective_rows(rows: Tensor, share: Tensor, images: int) -> Tensor:
 
 
 def _range(quantizer: nn.Module) -> list[Tensor]:
-    """The parameters that grow with the range; none if the quantizer is not NNCF's."""
+    """The parameters that grow with the range; none of a quantizer that is not known."""
     if isinstance(quantizer, AsymmetricQuantizer):
         return [quantizer.input_low, quantizer.input_range]
-    return [quantizer.scale] if isinstance(quantizer, SymmetricQuantizer) else []
+    known = isinstance(quantizer, (SymmetricQuantizer, PiecewiseQuantizer))
+    return [quantizer.scale] if known else []

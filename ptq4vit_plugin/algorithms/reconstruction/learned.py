@@ -14,8 +14,9 @@ import torch
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SymmetricQuantizer
 from torch import Tensor, nn
 
-from ptq4vit_plugin.quantizers.branches import row_peak
+from ptq4vit_plugin.quantizers.branches import Levels, row_peak
 from ptq4vit_plugin.quantizers.numerator import NumeratorQuantizer
+from ptq4vit_plugin.quantizers.piecewise import PiecewiseQuantizer
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -24,18 +25,23 @@ def rounded(x: Tensor) -> Tensor:
 
 
 class _Levels(torch.autograd.Function):
-    """``step * clamp(round(x / step), lowest - zero, highest - zero)``, `zero` a whole number.
+    """``step * clamp(levels.rounded(x / step), lowest - zero, highest - zero)``.
 
-    Written out, because autograd would keep and mask a dozen tensors of the size of ``x``.
+    `zero` is a whole number. Written out, because autograd would keep and mask a dozen tensors of
+    the size of ``x``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, zero: Tensor, lowest: int, highest: int
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        zero: Tensor,
+        levels: Levels,
     ) -> Tensor:
         ratio = x / step
-        clamped = ratio.clamp(lowest - zero, highest - zero)
-        inside, codes = ratio == clamped, clamped.round()
+        clamped = ratio.clamp(levels.lowest - zero, levels.highest - zero)
+        inside, codes = ratio == clamped, levels.rounded(clamped.clone())
         ctx.save_for_backward(step, zero, clamped, codes, inside)
         return codes * step
 
@@ -47,11 +53,11 @@ class _Levels(torch.autograd.Function):
         # Inside the range the offset of the rounding stays, outside the limit's code does.
         of_step = torch.addcmul(limited * codes, through, codes - clamped)
         of_zero = -(limited * step)
-        return through, of_step.sum_to_size(step.shape), of_zero.sum_to_size(zero.shape), None, None
+        return through, of_step.sum_to_size(step.shape), of_zero.sum_to_size(zero.shape), None
 
 
 class LearnedActivation(nn.Module):
-    """A uniform quantizer of activations; with `drop`, some tokens pass in float (QDrop).
+    """A quantizer of activations with one grid; with `drop`, some tokens pass in float (QDrop).
 
     Attributes
     ----------
@@ -68,14 +74,16 @@ class LearnedActivation(nn.Module):
         self.per_row = isinstance(quantizer, NumeratorQuantizer)
         zero = None
         if isinstance(quantizer, NumeratorQuantizer):
-            step, self.lowest, self.highest = quantizer.step, 0, 2**quantizer.bits - 1
+            step, self.levels = quantizer.step, quantizer.levels
+        elif isinstance(quantizer, PiecewiseQuantizer):
+            step, self.levels = quantizer.scale, quantizer.levels
         elif isinstance(quantizer, AsymmetricQuantizer):
-            self.lowest, self.highest = 0, quantizer.levels - 1
-            step = (quantizer.input_range + quantizer.eps) / self.highest
+            self.levels = Levels(0, quantizer.levels - 1)
+            step = (quantizer.input_range + quantizer.eps) / self.levels.highest
             zero = nn.Parameter((-quantizer.input_low / step).round().detach().float())
         else:
-            self.lowest, self.highest = quantizer.level_low, quantizer.level_high
-            step = (quantizer.scale + quantizer.eps) / self.highest
+            self.levels = Levels(quantizer.level_low, quantizer.level_high)
+            step = (quantizer.scale + quantizer.eps) / self.levels.highest
         self.start = step.detach().float().clone()
         self.growth = nn.Parameter(torch.zeros_like(self.start))
         self.zero = zero
@@ -87,7 +95,7 @@ class LearnedActivation(nn.Module):
     @classmethod
     def can_learn(cls, quantizer: nn.Module) -> bool:
         """Whether a hook is one of the quantizers that this class knows."""
-        known = (SymmetricQuantizer, AsymmetricQuantizer, NumeratorQuantizer)
+        known = (SymmetricQuantizer, AsymmetricQuantizer, NumeratorQuantizer, PiecewiseQuantizer)
         return isinstance(quantizer, known)
 
     def step(self) -> Tensor:
@@ -98,7 +106,7 @@ class LearnedActivation(nn.Module):
         """The zero point as a code; zero if there is none."""
         if self.zero is None:
             return torch.zeros_like(self.start)
-        return rounded(self.zero.clamp(self.lowest, self.highest))
+        return rounded(self.zero.clamp(self.levels.lowest, self.levels.highest))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on the levels, each row in float with probability `drop`."""
@@ -108,7 +116,7 @@ class LearnedActivation(nn.Module):
         values, step = x.float(), self.step()
         if self.per_row:
             step = step * row_peak(values.detach())
-        quantized = _Levels.apply(values, step, self._zero(), self.lowest, self.highest)
+        quantized = _Levels.apply(values, step, self._zero(), self.levels)
         quantized = quantized.to(x.dtype)
         if not self.drop:
             return quantized
@@ -123,11 +131,13 @@ class LearnedActivation(nn.Module):
         step = self.step()
         if isinstance(quantizer, NumeratorQuantizer):
             quantizer.step.copy_(step)
+        elif isinstance(quantizer, PiecewiseQuantizer):
+            quantizer.scale.copy_(step)
         elif self.zero is not None:
             quantizer.input_low.copy_(-self._zero() * step)
-            quantizer.input_range.copy_(step * self.highest - quantizer.eps)
+            quantizer.input_range.copy_(step * self.levels.highest - quantizer.eps)
         else:
-            quantizer.scale.copy_(step * self.highest - quantizer.eps)
+            quantizer.scale.copy_(step * self.levels.highest - quantizer.eps)
         return quantizer
 
 

@@ -54,7 +54,8 @@ class ByteLinear:
 
         One pass where torch has one for all of dividing, rounding, clamping and converting.
         """
-        simple = branch.scale.numel() == 1 and branch.split is None and not branch.per_row
+        even = not branch.per_row and branch.coarse == 1
+        simple = branch.scale.numel() == 1 and branch.split is None and even
         if not (simple and -255 <= branch.lowest <= 0 and _quantizes()):
             return self.bytes(branch.codes(x), branch.lowest)
         scale = float(branch.scale)

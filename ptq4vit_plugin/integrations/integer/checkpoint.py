@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import nncf
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class GridEntry(_Frozen):
     flag: int = 0
     bounded: bool = False
     per_row: bool = False
+    knee: int = Field(default=0, ge=0)
+    coarse: int = Field(default=1, ge=1)
 
 
 class OpEntry(_Frozen):

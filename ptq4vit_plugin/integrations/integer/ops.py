@@ -33,7 +33,7 @@ class Grids(nn.Module):
         See `branches_of`.
     """
 
-    FIELDS = ("lowest", "highest", "side", "flag", "bounded", "per_row")
+    FIELDS = ("lowest", "highest", "side", "flag", "bounded", "per_row", "knee", "coarse")
 
     def __init__(self, branches: list[Branch]) -> None:
         super().__init__()
