@@ -11,6 +11,7 @@ from ptq4vit_plugin.errors import ExportError
 from ptq4vit_plugin.evaluation import logit_sqnr
 from ptq4vit_plugin.exporting import exporter_of
 from ptq4vit_plugin.integrations.device import adds_int8_pairs
+from ptq4vit_plugin.integrations.lowering import take_apart
 from ptq4vit_plugin.integrations.qdq import qdq_model
 from ptq4vit_plugin.record import record_of
 
@@ -120,6 +121,24 @@ def test_file_means_what_the_simulation_computes(format, family, bits, exported,
     run = exporter_of(path).read_in_float(path)
     with torch.no_grad():
         assert logit_sqnr(model(x), run(x)) > 30
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("bits", [4, 6, 7])
+def test_levels_with_a_knee_are_one_integer_product(format, bits, quantized, batch, tmp_path):
+    """Those of linears and of softmax; the same levels in the file and in its integer products."""
+    model, x = quantized("vit", bits, algorithm="ptq4vit_plus"), batch("vit", 16, seed=5)
+    grids = [grid for op in take_apart(model)[1] for grid in op.grids[0]]
+    kinds = {(grid.coarse > 1, grid.per_row) for grid in grids}
+    assert kinds >= {(True, False), (True, True)}
+    assert len(grids) == 1 + 2 * 6 + 1  # the embedding, six products per block, the head
+    path = tmp_path / f"model{FORMATS[format]}"
+    report = ptq.export(model, path, format, x)
+    products = report.facts["integer_products"]
+    assert products == report.facts["planned_products"] - (format == "onnx")  # the embedding's
+    with torch.no_grad():
+        assert logit_sqnr(model(x), exporter_of(path).read_in_float(path)(x)) > 30
+        assert logit_sqnr(model(x), exporter_of(path).read(path)(x)) > 20
 
 
 def test_onnx_is_standard_and_keeps_8_bit_weights(exported, quantized):
