@@ -82,6 +82,7 @@ def test_candidates_against_trying_every_level(bits):
     assert forms == {1, *(coarse for coarse, _ in FORMS)}
     for row in range(0, operand.n + 1, 7):
         scale, levels = operand.at(row), operand.levels_at(row)
+        assert int(operand.zero_at(row)) == -levels.lowest
         assert len(every_level(levels)) <= 2**bits and levels.highest - levels.lowest <= 255
         expected, margin = nearest(x / scale, levels)
         quantized = operand.fake_quantize(x, row)

@@ -1,6 +1,7 @@
 """Uniform quantizer for the numerator of softmax: `exp(s - max s)`, divided after the product."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class NumeratorQuantizer(nn.Module, StatefulModuleInterface):
 
     def branches(self) -> list[Branch]:
         """Its one grid, on rows over their peaks."""
-        return [Branch(self.step.float(), **vars(self.levels), per_row=True)]
+        return [Branch(self.step.float(), **asdict(self.levels), per_row=True)]
 
     def _nearest(self, of_peak: Tensor) -> Tensor:
         return self.levels.nearest(of_peak / self.step.float())

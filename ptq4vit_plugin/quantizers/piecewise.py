@@ -7,6 +7,7 @@ what is multiplied are whole numbers of the smaller step, which below 8 bits lea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class PiecewiseQuantizer(nn.Module, StatefulModuleInterface):
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs, as JSON; the scale travels in the state dict."""
-        return {"bits": self.bits, "levels": vars(self.levels)}
+        return {"bits": self.bits, "levels": asdict(self.levels)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` rounded to the levels (fake quantization), same shape and dtype."""
@@ -73,7 +74,7 @@ class PiecewiseQuantizer(nn.Module, StatefulModuleInterface):
 
     def branches(self) -> list[Branch]:
         """Its one grid."""
-        return [Branch(self.scale.float(), **vars(self.levels))]
+        return [Branch(self.scale.float(), **asdict(self.levels))]
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, {self.levels}"
@@ -120,8 +121,11 @@ class Piecewise(Asymmetric):
                         scales.append(scale)
                         found.append(levels)
         self._levels = [*found, uniform[-1]]
-        table = torch.tensor([*scales, start], dtype=even.dtype, device=even.device)
-        return table.view(-1, *even.shape[1:])
+        table, self._zero_points = (
+            torch.tensor(column, device=even.device).to(even.dtype).view(-1, *even.shape[1:])
+            for column in ([*scales, start], [-levels.lowest for levels in self._levels])
+        )
+        return table
 
     def levels_at(self, index: int | Tensor) -> Levels:
         """Return the levels that `index` names."""
