@@ -109,7 +109,8 @@ class QDQGrid(nn.Module):
         self.zero = torch.full((scale.numel(),), zero, dtype=torch.int32)
         self.zero_point = zero
         self.scale = _number(scale)
-        self.knee, self.coarse = _number(branch.knee * scale), branch.coarse
+        self.coarse, self.knee = branch.coarse, _number(branch.knee * scale)
+        self.below = _number(-branch.knee * scale) if branch.lowest < 0 else None
         self.split = None if branch.split is None else _number(branch.split)
         lowest, highest = (end - zero for end in self.range)
         clamps_low = not constant and branch.lowest > lowest
@@ -129,10 +130,7 @@ class QDQGrid(nn.Module):
             x = self._cut(x)
         if self.inverse is not None:
             x = x * self.inverse
-        if self.low is not None:
-            x = _clamp(x, self.low, "min")
-        if self.high is not None:
-            x = _clamp(x, self.high, "max")
+        x = _clamp(x, self.low, self.high)
         if self.coarse > 1:
             x = self._coarser(x)
         if isinstance(self.scale, float):
@@ -144,7 +142,7 @@ class QDQGrid(nn.Module):
 
     def _coarser(self, x: Tensor) -> Tensor:
         """Numbers beyond the knee on their levels; the others are left to what rounds them all."""
-        inner = _clamp(_clamp(x, -self.knee, "min"), self.knee, "max")
+        inner = _clamp(x, self.below, self.knee)
         step = self.coarse * self.scale
         return inner + torch.round((x - inner) * (1 / step)) * step
 
@@ -222,10 +220,14 @@ def _number(value: Tensor) -> Tensor | float:
     return float(value) if value.numel() == 1 else value
 
 
-def _clamp(x: Tensor, limit: Tensor | float, side: str) -> Tensor:
-    if isinstance(limit, float):
-        return torch.clamp(x, **{side: limit})
-    return torch.maximum(x, limit) if side == "min" else torch.minimum(x, limit)
+def _clamp(x: Tensor, low: Tensor | float | None, high: Tensor | float | None) -> Tensor:
+    """Clamped by numbers in one pass: no runtime is sure to make one of two."""
+    if low is None and high is None:
+        return x
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        return torch.clamp(x, low, high)
+    x = x if low is None else torch.maximum(x, torch.as_tensor(low))
+    return x if high is None else torch.minimum(x, torch.as_tensor(high))
 
 
 def _bias(kind: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
