@@ -35,7 +35,7 @@ def images():
         {"algorithm": "ptq4vit", **FEW, "search": "exhaustive", "granularity": "paper"},
         {"algorithm": "ptq4vit", **FEW, "metric": "mse", "memory_budget": 1e-4},
         {"algorithm": "base_ptq", **FEW},
-        {"algorithm": "ptq4vit_plus", **FEW, "weights": {"bits": 4}},
+        {"algorithm": "ptq4vit_plus", **FEW, "weights": {"bits": 4}, "activations": {"bits": 4}},
         [{"algorithm": "smooth_quant"}, {"algorithm": "ptq4vit", **FEW}],
         [
             {"algorithm": "ptq4vit", **FEW},

@@ -32,6 +32,18 @@ def checked_bits(bits: int) -> int:
     return bits
 
 
+def straight_through(x: Tensor, low: Tensor, high: Tensor) -> Tensor | float:
+    """Zero, but with the gradient of a quantizer: 1 where `x` lies in its range, else 0.
+
+    A plain 0.0 where no gradient is asked for.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad) or torch.jit.is_tracing():
+        return 0.0
+    # Not clamp(): at a limit, such as the many zeros of a softmax, it gives half a gradient.
+    inside = torch.where((x >= low) & (x <= high), x, 0.0)
+    return inside - inside.detach()
+
+
 @dataclass(frozen=True)
 class Grouping:
     """Which elements of an operand share a scale.

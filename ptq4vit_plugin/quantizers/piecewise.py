@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from ptq4vit_plugin.errors import ConfigError
 from ptq4vit_plugin.quantizers.asymmetric import Asymmetric
-from ptq4vit_plugin.quantizers.base import NEGLIGIBLE, Grouping, SearchRange, checked_bits
+from ptq4vit_plugin.quantizers.base import (
+    NEGLIGIBLE,
+    Grouping,
+    SearchRange,
+    checked_bits,
+    straight_through,
+)
 from ptq4vit_plugin.quantizers.branches import Branch, Levels
 
 #: How many times as far apart the outer levels are, and the share of the largest magnitude below
@@ -66,11 +72,8 @@ class PiecewiseQuantizer(nn.Module, StatefulModuleInterface):
         """Return `x` rounded to the levels (fake quantization), same shape and dtype."""
         values, scale = x.float(), self.scale.float()
         quantized = self.levels.nearest(values.detach() / scale).mul_(scale)
-        if torch.is_grad_enabled() and values.requires_grad and not torch.jit.is_tracing():
-            low, high = self.levels.lowest * scale, self.levels.highest * scale
-            inside = torch.where((values >= low) & (values <= high), values, 0.0)
-            quantized = quantized + (inside - inside.detach())
-        return quantized.to(x.dtype)
+        low, high = self.levels.lowest * scale, self.levels.highest * scale
+        return (quantized + straight_through(values, low, high)).to(x.dtype)
 
     def branches(self) -> list[Branch]:
         """Its one grid."""

@@ -9,7 +9,7 @@ import torch
 from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
 
-from ptq4vit_plugin.quantizers.base import OperandQuantizer, checked_bits
+from ptq4vit_plugin.quantizers.base import OperandQuantizer, checked_bits, straight_through
 from ptq4vit_plugin.quantizers.branches import Branch
 
 # Elements handled at once on CPU during the search: the few float32 temporaries then stay in cache.
@@ -131,14 +131,8 @@ class TwinQuantizer(nn.Module, StatefulModuleInterface):
         with torch.no_grad():
             codes, _, step = grid.codes(values)
             quantized = codes.mul_(step)
-        if torch.is_grad_enabled() and values.requires_grad and not torch.jit.is_tracing():
-            # Not clamp(): at a limit, such as the many zeros of a softmax, it gives half a
-            # gradient.
-            low, high = grid.lowest * grid.step1, grid.highest * grid.step2
-            inside = torch.where((values >= low) & (values <= high), values, 0.0)
-            gradient = inside - inside.detach()  # zero, but carries the derivative
-        else:
-            gradient = 0.0
+        low, high = grid.lowest * grid.step1, grid.highest * grid.step2
+        gradient = straight_through(values, low, high)
         # Adding zero also turns -0.0 into the 0.0 that code 0 stands for.
         return (quantized + gradient).to(x.dtype)
 
